@@ -1,0 +1,294 @@
+"""What manifest.json says: frozen structs for `evermind.package/1`, and strict parsing.
+
+The structs hold what a single JSON value can be checked for (types, ranges, patterns);
+`structure.py` checks what needs two values at once. Unknown keys are allowed, so that a
+later minor version may add some; what a reader must understand stands in `requires`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import ManifestError, UnsupportedError
+
+SCHEMA = "evermind.package/1"
+MANIFEST_NAME = "manifest.json"
+RESIDENT_NAME = "graphs/resident.safetensors"
+EXTERNAL_EXPERT_LOCATION = "expert.bin"
+
+MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+# Entries of `requires` this version understands; any other is refused.
+KNOWN_REQUIREMENTS: frozenset[str] = frozenset()
+
+# Integers above 2^53 - 1 do not survive a JSON reader in a browser.
+Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+PositiveCount: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+PackagePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
+DType: TypeAlias = Literal["f32", "f16", "bf16", "f64", "i64", "i32", "u8", "bool"]
+Shape: TypeAlias = tuple[PositiveCount, ...]
+# A dimension is a number or the name of one that varies ("T": tokens).
+Dims: TypeAlias = tuple[PositiveCount | Name, ...]
+
+
+class FileEntry(Struct, frozen=True, kw_only=True):
+    """One file of the package: its exact length in bytes and its sha256."""
+
+    bytes: Bytes
+    sha256: Sha256
+
+
+class TensorSpec(Struct, frozen=True, kw_only=True):
+    """One tensor of a shard: `offset` (a multiple of 64) counts from the shard's first byte."""
+
+    name: Name
+    dtype: DType
+    shape: Shape
+    offset: Bytes
+    bytes: Bytes
+
+
+class Kind(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What all experts of one kind share: the graph that runs one, and a shard's layout.
+
+    `graph` has the input `x` `(n, d_in)`, one input per tensor, and the output `y`
+    `(n, d_out)`. `graph_external` computes the same from `x` alone, with the tensors as
+    external initializers in `expert.bin` at their shard offsets. `bytes` is the length of
+    a whole shard, a multiple of 64.
+    """
+
+    graph: PackagePath
+    graph_external: PackagePath | None = None
+    tensors: tuple[TensorSpec, ...]
+    bytes: Bytes
+    scope: Literal["token", "sequence"] = "token"
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """One MoE layer: how many experts it has and how many a token is routed to."""
+
+    layer: Count
+    kind: Name
+    experts: PositiveCount
+    top_k: PositiveCount
+
+
+class Shard(Struct, frozen=True, kw_only=True):
+    """Where one expert's shard lies, and the sha256 of its `bytes` bytes from `offset`."""
+
+    layer: Count
+    expert: Count
+    file: PackagePath
+    offset: Bytes
+    bytes: Bytes
+    sha256: Sha256
+
+
+class ValueSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A plan's input or output. `default` fills an input the caller leaves out."""
+
+    dtype: DType
+    shape: Dims
+    default: float | None = None
+
+
+class StateSpec(Struct, frozen=True, kw_only=True):
+    """A value carried from call to call, of fixed shape, filled with `init` at the start."""
+
+    dtype: DType
+    shape: Shape
+    init: float = 0.0
+
+
+class FusedExperts(Struct, frozen=True, kw_only=True):
+    """Experts unrolled inside a decode graph.
+
+    For the token's `ids` `(1, top_k)` the runtime binds the tensors of expert `ids[0, i]`
+    to the graph inputs `expert{i}.{tensor}`.
+    """
+
+    layer: Count
+    ids: Name
+
+
+class GraphStep(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="graph", tag_field="step"):
+    """Run one graph. `inputs` and `outputs` map graph names to blackboard values.
+
+    `weights` binds resident tensors as graph inputs, so that one graph can serve several
+    layers. An output named like a state replaces that state for the next call.
+    """
+
+    graph: PackagePath
+    inputs: dict[Name, Name]
+    outputs: dict[Name, Name]
+    weights: dict[Name, Name] = {}
+    experts: FusedExperts | None = None
+
+
+class ExpertsStep(Struct, frozen=True, kw_only=True, tag="experts", tag_field="step"):
+    """`y = sum_i gates[:, i] * Expert[ids[:, i]](x)` for one layer.
+
+    `x` `(T, d)`, `ids` `(T, top_k)` i64 and `gates` `(T, top_k)` f32 are blackboard values;
+    `y` `(T, d)` is written. Contributions are added in ascending expert order.
+    """
+
+    layer: Count
+    x: Name
+    ids: Name
+    gates: Name
+    y: Name
+
+
+Step: TypeAlias = GraphStep | ExpertsStep
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """The two programs of a package; both compute the same function of their inputs."""
+
+    inputs: dict[Name, ValueSpec]
+    outputs: dict[Name, ValueSpec]
+    state: dict[Name, StateSpec]
+    prefill: tuple[Step, ...]
+    decode: tuple[Step, ...]
+
+
+class Parameters(Struct, frozen=True, kw_only=True):
+    """Parameter counts: all of them, and those that one token uses."""
+
+    total: Bytes
+    active: Bytes
+
+
+class Tokenizer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`bytes`: token id = byte value. `tokenizers`: a Hugging Face tokenizer.json in `file`."""
+
+    kind: Literal["bytes", "tokenizers"]
+    file: PackagePath | None = None
+
+
+class Generation(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Defaults for generation; a caller's own values go first."""
+
+    stop_tokens: tuple[Count, ...] = ()
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    max_new_tokens: PositiveCount = 64
+
+
+class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the model card says that the numbers cannot."""
+
+    description: str = ""
+    license: str | None = None
+    author: str | None = None
+    tags: tuple[str, ...] = ()
+    training_summary: str | None = None
+    base_model: str | None = None
+    datasets: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+
+
+class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The whole of manifest.json."""
+
+    schema: Literal["evermind.package/1"]
+    name: Name
+    version: Name
+    family: Name
+    config: dict[str, Any]
+    parameters: Parameters
+    files: dict[PackagePath, FileEntry]
+    kinds: dict[Name, Kind]
+    layers: tuple[Layer, ...]
+    shards: tuple[Shard, ...]
+    plan: Plan
+    requires: tuple[str, ...] = ()
+    resident: PackagePath | None = None
+    tokenizer: Tokenizer | None = None
+    generation: Generation | None = None
+    parity: PackagePath | None = None
+    card: Card | None = None
+    created: str | None = None
+
+
+class _Envelope(Struct, frozen=True):
+    """The two fields that decide whether the rest may be read at all."""
+
+    schema: str
+    requires: tuple[str, ...] = ()
+
+
+_ENVELOPE = msgspec.json.Decoder(_Envelope)
+_MANIFEST = msgspec.json.Decoder(Manifest)
+_ENCODER = msgspec.json.Encoder(order="sorted")
+
+
+def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
+    """Parse and type-check the bytes of a manifest.json.
+
+    Raises `UnsupportedError` for another schema or an unknown requirement, `ManifestError`
+    for anything else: over 64 MiB, not UTF-8 JSON, a duplicate key, a wrong type or range.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{where}: {len(data):,} bytes, more than the {MAX_MANIFEST_BYTES:,} a manifest may have"
+        )
+    try:
+        envelope = _ENVELOPE.decode(data)
+        _check_envelope(envelope, where)
+        manifest = _MANIFEST.decode(data)
+        # msgspec keeps the last of two equal keys: a second reader may keep the first.
+        json.loads(data, object_pairs_hook=_refuse_duplicates)
+    except (msgspec.DecodeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{where}: {error}") from error
+    except _DuplicateKeyError as error:
+        raise ManifestError(f"{where}: the key {error.key!r} stands twice in one object") from None
+    except RecursionError:
+        raise ManifestError(f"{where}: nested too deeply to be a manifest") from None
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The one canonical encoding: keys sorted, no spaces, one newline at the end."""
+    return _ENCODER.encode(manifest) + b"\n"
+
+
+def package_digest(manifest_bytes: bytes) -> str:
+    """A package's identity: the sha256 (hex) of its manifest.json."""
+    return hashlib.sha256(manifest_bytes).hexdigest()
+
+
+class _DuplicateKeyError(Exception):
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return result
+
+
+def _check_envelope(envelope: _Envelope, where: str) -> None:
+    if envelope.schema != SCHEMA:
+        raise UnsupportedError(
+            f"{where}: schema: expected {SCHEMA!r}, found {envelope.schema[:80]!r}",
+            hint="The package was written for another version of evermind-pack.",
+        )
+    unknown = sorted(set(envelope.requires) - KNOWN_REQUIREMENTS)
+    if unknown:
+        raise UnsupportedError(
+            f"{where}: requires: this version does not know {', '.join(map(repr, unknown[:5]))}",
+            hint="Upgrade evermind-pack, or ask for a package without these features.",
+        )
