@@ -92,11 +92,16 @@ class Shard(Struct, frozen=True, kw_only=True):
 
 
 class ValueSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A plan's input or output. `default` fills an input the caller leaves out."""
+    """A plan's input or output.
+
+    `default` fills an input the caller leaves out. `limit` is the exclusive upper bound of
+    an integer input whose values are indices (token ids below the vocabulary size).
+    """
 
     dtype: DType
     shape: Dims
     default: float | None = None
+    limit: PositiveCount | None = None
 
 
 class StateSpec(Struct, frozen=True, kw_only=True):
