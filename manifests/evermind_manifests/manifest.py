@@ -95,13 +95,16 @@ class ValueSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A plan's input or output.
 
     `default` fills an input the caller leaves out. `limit` is the exclusive upper bound of
-    an integer input whose values are indices (token ids below the vocabulary size).
+    an integer input whose values are indices (token ids below the vocabulary size). `value`
+    names the blackboard value an output is taken from, where that is not its own name (an
+    output called like an input).
     """
 
     dtype: DType
     shape: Dims
     default: float | None = None
     limit: PositiveCount | None = None
+    value: Name | None = None
 
 
 class StateSpec(Struct, frozen=True, kw_only=True):
