@@ -1,0 +1,52 @@
+"""The peer's checkpoint files, in and out: `MoE0`, `EVL0` and `LMBC`. numpy only."""
+
+from __future__ import annotations
+
+import struct
+
+from evermind_manifests.errors import CheckpointError
+
+from . import evl0, lmbc, moe0
+from .checkpoint import Checkpoint
+from .evl0 import read_evl0, write_evl0
+from .lmbc import read_lmbc, write_lmbc
+from .moe0 import read_moe0, write_moe0
+from .params import Family, canonical_shapes, ffn_shapes, parameter_count, validate_config
+
+__all__ = [
+    "Checkpoint",
+    "Family",
+    "canonical_shapes",
+    "ffn_shapes",
+    "parameter_count",
+    "read_checkpoint",
+    "read_evl0",
+    "read_lmbc",
+    "read_moe0",
+    "validate_config",
+    "write_evl0",
+    "write_lmbc",
+    "write_moe0",
+]
+
+_READERS = {
+    moe0.LAYOUT.magic: read_moe0,
+    evl0.LAYOUT.magic: read_evl0,
+    lmbc.LAYOUT.magic: read_lmbc,
+}
+
+
+def read_checkpoint(data: bytes | memoryview, where: str) -> Checkpoint:
+    """Read any of the three files, told apart by their first word.
+
+    `where` names the file in messages. Raises `CheckpointError` for an unknown magic or
+    whatever the format's own reader refuses.
+    """
+    if len(data) < 4:
+        raise CheckpointError(f"{where}: magic: expected 4 bytes, found {len(data)}")
+    (magic,) = struct.unpack_from("<I", data)
+    if magic not in _READERS:
+        raise CheckpointError(
+            f"{where}: magic: expected that of MoE0, EVL0 or LMBC, found 0x{magic:08X}"
+        )
+    return _READERS[magic](data, where)
