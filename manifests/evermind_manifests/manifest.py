@@ -18,6 +18,8 @@ from .errors import ManifestError, UnsupportedError
 
 SCHEMA = "evermind.package/1"
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig"
+CARD_NAME = "README.md"
 RESIDENT_NAME = "graphs/resident.safetensors"
 EXTERNAL_EXPERT_LOCATION = "expert.bin"
 
@@ -33,9 +35,10 @@ Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 PackagePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 DType: TypeAlias = Literal["f32", "f16", "bf16", "f64", "i64", "i32", "u8", "bool"]
-Shape: TypeAlias = tuple[PositiveCount, ...]
+# The cap on the rank keeps the product of a hostile shape small.
+Shape: TypeAlias = Annotated[tuple[PositiveCount, ...], Meta(max_length=16)]
 # A dimension is a number or the name of one that varies ("T": tokens).
-Dims: TypeAlias = tuple[PositiveCount | Name, ...]
+Dims: TypeAlias = Annotated[tuple[PositiveCount | Name, ...], Meta(max_length=16)]
 
 
 class FileEntry(Struct, frozen=True, kw_only=True):
@@ -126,7 +129,9 @@ class FusedExperts(Struct, frozen=True, kw_only=True):
     ids: Name
 
 
-class GraphStep(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="graph", tag_field="step"):
+class GraphStep(
+    Struct, frozen=True, kw_only=True, omit_defaults=True, tag="graph", tag_field="step"
+):
     """Run one graph. `inputs` and `outputs` map graph names to blackboard values.
 
     `weights` binds resident tensors as graph inputs, so that one graph can serve several
@@ -245,7 +250,7 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(
-            f"{where}: {len(data):,} bytes, more than the {MAX_MANIFEST_BYTES:,} a manifest may have"
+            f"{where}: expected at most {MAX_MANIFEST_BYTES:,} bytes, found {len(data):,}"
         )
     try:
         envelope = _ENVELOPE.decode(data)
@@ -253,7 +258,7 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         manifest = _MANIFEST.decode(data)
         # msgspec keeps the last of two equal keys: a second reader may keep the first.
         json.loads(data, object_pairs_hook=_refuse_duplicates)
-    except (msgspec.DecodeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ManifestError(f"{where}: {error}") from error
     except _DuplicateKeyError as error:
         raise ManifestError(f"{where}: the key {error.key!r} stands twice in one object") from None

@@ -1,0 +1,153 @@
+"""A package opened for reading: its checked manifest, and its files by name.
+
+Opening reads manifest.json only. The package's identity, `digest`, is that file's sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from types import TracebackType
+from typing import Self
+
+from .errors import DigestError, InputError, IntegrityError, ManifestError, ShardDigestError
+from .manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Kind,
+    Manifest,
+    Shard,
+    package_digest,
+    parse_manifest,
+)
+from .problems import raise_errors
+from .shard import ShardContents, check_shard, read_shard
+from .store import Store, open_store
+from .structure import check_structure
+
+
+class Package:
+    """An open package; it owns its store. Immutable and safe to share between threads."""
+
+    def __init__(self, store: Store, manifest: Manifest, digest: str) -> None:
+        self.store = store
+        self.manifest = manifest
+        self.digest = digest
+        self._shards = {(shard.layer, shard.expert): shard for shard in manifest.shards}
+        self._kinds = {layer.layer: layer.kind for layer in manifest.layers}
+
+    @property
+    def location(self) -> str:
+        """Where the package lies, for messages."""
+        return self.store.location
+
+    def shard(self, layer: int, expert: int) -> Shard:
+        """Where an expert's shard lies. Raises `InputError` when there is no such expert."""
+        try:
+            return self._shards[layer, expert]
+        except KeyError:
+            raise InputError(f"{self.location}: no expert {expert} in layer {layer}") from None
+
+    def kind_of(self, layer: int) -> tuple[str, Kind]:
+        """The name and description of a layer's experts. Raises `InputError`."""
+        try:
+            name = self._kinds[layer]
+        except KeyError:
+            raise InputError(f"{self.location}: there is no MoE layer {layer}") from None
+        return name, self.manifest.kinds[name]
+
+    def read_file(self, path: str) -> bytes:
+        """A file's bytes, once their length and sha256 are those the manifest gives.
+
+        Raises `InputError` for a path not in `files`, `MissingFileError`, `IntegrityError`
+        for another length, `DigestError` for other content.
+        """
+        entry = self.manifest.files.get(path)
+        if entry is None:
+            raise InputError(f"{self.location}: {path!r} is not a file of this package")
+        found = self.store.size(path)
+        if found != entry.bytes:
+            raise IntegrityError(
+                f"{path}: expected {entry.bytes:,} bytes ({MANIFEST_NAME}, files), found {found:,}",
+                hint="The file was changed or damaged after packaging. Fetch it again.",
+            )
+        data = self.store.read(path, limit=entry.bytes)
+        check_digest(data, entry.sha256, path, f"files[{path!r}]", DigestError, self.location)
+        return data
+
+    def read_shard(self, layer: int, expert: int) -> ShardContents:
+        """An expert's weights: digest, header and layout checked against the manifest.
+
+        Raises `ShardDigestError`, `ShardError`, `TruncatedError` or `MissingFileError`.
+        """
+        shard = self.shard(layer, expert)
+        name, kind = self.kind_of(layer)
+        where = shard_place(shard)
+        data = bytearray(shard.bytes)
+        self.store.read_into(shard.file, shard.offset, memoryview(data))
+        check_digest(
+            data, shard.sha256, where, f"shard {layer}/{expert}", ShardDigestError, self.location
+        )
+        contents = read_shard(data, where)
+        check_shard(contents, kind, shard, where, kind_name=name)
+        return contents
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_package(location: str | os.PathLike[str] | Store) -> Package:
+    """Open a folder, a single-file package or a store, and check the manifest's structure.
+
+    Raises `MissingFileError` when there is none, `UnsupportedError` for another schema,
+    `ManifestError` naming the first problems and their count. A store that was handed in
+    is closed with the package, but not when opening fails.
+    """
+    own = isinstance(location, str | os.PathLike)
+    store = open_store(location) if isinstance(location, str | os.PathLike) else location
+    try:
+        data = store.read(MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+        manifest = parse_manifest(data, f"{store.location}: {MANIFEST_NAME}")
+        raise_errors(check_structure(manifest), f"{store.location}: {MANIFEST_NAME}", ManifestError)
+        return Package(store, manifest, package_digest(data))
+    except BaseException:
+        if own:
+            store.close()
+        raise
+
+
+def check_digest(
+    data: bytes | bytearray | memoryview,
+    expected: str,
+    path: str,
+    field: str,
+    error: type[DigestError],
+    package: str,
+) -> None:
+    """Raise `error` unless `data` has the sha256 `expected` (lower-case hex)."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise error(
+            f"{path}: sha256 mismatch\n"
+            f"  expected {expected} ({MANIFEST_NAME}, {field})\n"
+            f"  found    {found}",
+            hint="The file was changed or damaged after packaging. Fetch it again, or run\n"
+            f"  `evermind-pack validate {package} --deep` for a full report.",
+        )
+
+
+def shard_place(shard: Shard) -> str:
+    """How messages name a shard."""
+    return f"{shard.file}@{shard.offset}" if shard.offset else shard.file

@@ -1,0 +1,233 @@
+"""A locked scratch folder beside a destination: complete, then renamed, or gone.
+
+The scratch folder has a fixed name, so that the leftover of an export that was killed is
+found by the next one to the same destination. Its lock tells a leftover from an export
+that is still running: the kernel drops a dead process's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import ExportError
+from .manifest import MANIFEST_NAME
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class Staging:
+    """The scratch folder of one export; `written` counts the bytes that `disk` announced.
+
+    `claim` first; then either `publish` or `discard`. The destination is touched by
+    `publish` only, and an existing one stays whole until its successor is.
+    """
+
+    def __init__(self, destination: Path, *, overwrite: bool) -> None:
+        # Not resolved: a destination that is a symlink is refused, not followed.
+        self.destination = destination.absolute()
+        if self.destination.name in ("", ".."):
+            raise ExportError(f"{destination}: names no file or folder to write")
+        self.folder = self._beside("partial")
+        self.written = 0
+        self._overwrite = overwrite
+        self._lock = -1
+        self._scratch: Path | None = None
+        self._made: list[Path] = []
+
+    def claim(self) -> None:
+        """Make the scratch folder; clear it if a dead export left it.
+
+        Raises `ExportError` if the destination exists and may not be replaced, or if
+        another export to it is running.
+        """
+        with self.disk(0):
+            self._make_parents()
+            self._take_lock()
+            try:
+                self._recover()
+                self._check_destination()
+                for entry in self.folder.iterdir():
+                    _remove(entry)
+            except BaseException:
+                self.discard()
+                raise
+
+    def publish(self, content: Path) -> None:
+        """Make `content`, the scratch folder or a file in it, the destination; durably."""
+        with self.disk(0):
+            _sync_tree(self.folder)
+            if content != self.folder:
+                content.replace(self.destination)
+            elif self.destination.exists():
+                self._replace_folder()
+            else:
+                self.folder.rename(self.destination)
+                self._scratch = None
+            _sync(self.destination.parent)
+        self._made.clear()
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the scratch folder and any parent folder made for it."""
+        # Only what this export holds the lock of: the name may already be another's.
+        if self._scratch is not None:
+            _remove(self._scratch)
+            self._scratch = None
+        for parent in reversed(self._made):
+            with suppress(OSError):
+                parent.rmdir()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _replace_folder(self) -> None:
+        old = _try_lock(self.destination)
+        if old is None:
+            raise self._busy()
+        if _exchange(self.folder, self.destination):
+            # The old package now lies under the scratch name: hold its lock, drop the other.
+            old, self._lock = self._lock, old
+        else:
+            replaced = self._beside("replaced")
+            self.destination.rename(replaced)
+            self.folder.rename(self.destination)
+            self._scratch = replaced
+        os.close(old)
+
+    @contextmanager
+    def disk(self, needed: int) -> Iterator[None]:
+        """Run a step that writes `needed` bytes; its `OSError` becomes an `ExportError`."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise ExportError(
+                    f"{self.destination}: cannot be written: {error.strerror or error}"
+                ) from error
+            free = shutil.disk_usage(self.folder.parent).free
+            raise ExportError(
+                f"{self.destination}: the disk is full: {self.written:,} bytes are written,"
+                f" the next {needed:,} are needed, {free:,} are free",
+                hint="Nothing was left behind. Free some space, or choose another disk.",
+            ) from error
+        self.written += needed
+
+    def _beside(self, suffix: str) -> Path:
+        return self.destination.with_name(f".{self.destination.name}.{suffix}")
+
+    def _make_parents(self) -> None:
+        missing = [self.destination.parent, *self.destination.parent.parents]
+        for parent in reversed(missing):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                self._made.append(parent)
+
+    def _take_lock(self) -> None:
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            lock = _try_lock(self.folder)
+            if lock is None:
+                raise self._busy()
+            # The one who held it may have renamed or removed the folder meanwhile.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), self.folder.lstat()):
+                    self._lock = lock
+                    self._scratch = self.folder
+                    return
+            os.close(lock)
+
+    def _busy(self) -> ExportError:
+        return ExportError(
+            f"{self.destination}: another export to it is running ({self.folder.name})"
+        )
+
+    def _recover(self) -> None:
+        """Finish what an export that was killed while it replaced a package had begun."""
+        replaced = self._beside("replaced")
+        if not replaced.exists():
+            return
+        if self.destination.exists():
+            _remove(replaced)
+        else:
+            replaced.rename(self.destination)
+
+    def _check_destination(self) -> None:
+        place = self.destination
+        if not os.path.lexists(place):
+            return
+        if not self._overwrite:
+            raise ExportError(
+                f"{place}: exists already", hint="Choose another name, or allow it to be replaced."
+            )
+        # Only a package is ever replaced: not a home folder that was named by mistake.
+        if place.is_symlink() or not (_is_zip(place) or _is_package_folder(place)):
+            raise ExportError(
+                f"{place}: expected a package to replace, found something else",
+                hint="Choose another name, or remove it first.",
+            )
+        if place.is_dir() == (place.suffix == ".zip"):
+            raise ExportError(f"{place}: a folder and a single file do not replace each other")
+
+
+def _try_lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock, or None if another process holds it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _is_zip(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _is_package_folder(path: Path) -> bool:
+    return path.is_dir() and ((path / MANIFEST_NAME).is_file() or not any(path.iterdir()))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(place, name))
+        _sync(Path(place))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    result: int = rename(
+        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
+    )
+    return result == 0

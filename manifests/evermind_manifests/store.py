@@ -1,0 +1,289 @@
+"""Where a package's bytes come from: a folder here, a single file in `zip_store.py`.
+
+A store moves bytes and decides nothing: sizes and digests are checked by its callers.
+Both stores use positioned reads only, so one store serves many threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from .errors import IntegrityError, ManifestError, MissingFileError, PathError, TruncatedError
+
+_MAX_OPEN_FILES = 64
+_MAX_DEPTH = 32
+
+
+class Store(Protocol):
+    """Named files of bytes, lying at `location`. Thread-safe; `with` closes it."""
+
+    location: str
+
+    def size(self, path: str) -> int:
+        """The file's length in bytes. Raises `MissingFileError`."""
+        ...
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset` on.
+
+        Raises `MissingFileError`, or `TruncatedError` where the file ends too early.
+        """
+        ...
+
+    def read(self, path: str, *, limit: int) -> bytes:
+        """The whole of a small file; `IntegrityError`, and nothing read, if it is over `limit`."""
+        ...
+
+    def paths(self) -> Iterable[str]:
+        """Everything that lies in the package and is not a folder, in sorted order.
+
+        Names that begin with a dot are left out: no package path can have one.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what is open; a closed store reads nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_store(location: str | os.PathLike[str]) -> Store:
+    """A folder's or a zip file's store, told apart by what is there.
+
+    Raises `MissingFileError` when nothing is there, `ManifestError` when it is neither.
+    """
+    from .zip_store import ZipStore
+
+    path = Path(location)
+    if path.is_dir():
+        return DirectoryStore(path)
+    if not path.exists():
+        raise MissingFileError(f"{path}: there is no such folder or file")
+    if not path.is_file():
+        raise ManifestError(f"{path}: expected a package folder or zip, found neither")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        return ZipStore(path)
+    raise ManifestError(
+        f"{path}: expected a package folder or an uncompressed zip, found a file that begins with"
+        f" {head.hex(' ') or 'nothing'}"
+    )
+
+
+class DirectoryStore(Store):
+    """A package in a folder; nothing outside the folder can be reached through it.
+
+    Each part of a path is opened relative to the folder above it without following links,
+    so neither a symlink nor one swapped in between check and open leads out. Only regular
+    files are read. The folder itself may be reached through links: the caller named it.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(root)
+        try:
+            self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise MissingFileError(f"{self.location}: {error.strerror}") from error
+        self._files = _OpenFiles(self.open_file)
+
+    def size(self, path: str) -> int:
+        """See `Store.size`."""
+        with self._files.use(path) as fd:
+            return os.fstat(fd).st_size
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """See `Store.read_into`."""
+        with self._files.use(path) as fd:
+            read_exactly(fd, offset, buffer, path)
+
+    def read(self, path: str, *, limit: int) -> bytes:
+        """See `Store.read`."""
+        with self._files.use(path) as fd:
+            return read_whole(fd, 0, os.fstat(fd).st_size, path, limit)
+
+    def paths(self) -> Iterable[str]:
+        """See `Store.paths`."""
+        return sorted(_walk(self._root, self.location))
+
+    def open_extent(self, path: str, flags: int = 0) -> tuple[int, int, int]:
+        """(descriptor, offset, length) of the file, for readers with their own way to read.
+
+        `flags` are added to the open flags (`os.O_DIRECT`). The caller closes the descriptor.
+        Raises `MissingFileError`, or `OSError` where the file system refuses the flags.
+        """
+        fd = self.open_file(path, flags)
+        return fd, 0, os.fstat(fd).st_size
+
+    def open_file(self, path: str, flags: int = 0) -> int:
+        """A contained, read-only descriptor of the regular file `path`; the caller closes it."""
+        *folders, name = _parts(path)
+        parent = self._root
+        try:
+            for folder in folders:
+                below = _open_at(parent, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, path)
+                if parent != self._root:
+                    os.close(parent)
+                parent = below
+            # O_NONBLOCK: opening a FIFO must not wait for a writer.
+            fd = _open_at(parent, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | flags, path)
+        finally:
+            if parent != self._root:
+                os.close(parent)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise MissingFileError(f"{path}: expected a regular file, found something else")
+        return fd
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._files.close()
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+
+def read_exactly(fd: int, offset: int, buffer: memoryview, path: str) -> None:
+    """Fill `buffer` from `offset` of a descriptor, however short the single reads are."""
+    view = buffer.cast("B")
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror} at byte {offset + done}") from error
+        if count == 0:
+            raise TruncatedError(
+                f"{path}: expected {len(view)} bytes from {offset}, found {done}",
+                hint="The file is shorter than the manifest says: fetch or copy it again.",
+            )
+        done += count
+
+
+def read_whole(fd: int, offset: int, size: int, path: str, limit: int) -> bytes:
+    """`size` bytes from `offset`; `IntegrityError` before anything is read when over `limit`."""
+    if size > limit:
+        raise IntegrityError(f"{path}: expected at most {limit:,} bytes, found {size:,}")
+    data = bytearray(size)
+    read_exactly(fd, offset, memoryview(data), path)
+    return bytes(data)
+
+
+class _OpenFiles:
+    """A bounded cache of open descriptors; one in use is never closed under its reader.
+
+    `_lock` guards all fields. An entry is [descriptor, users, evicted].
+    """
+
+    def __init__(self, opener: Callable[[str], int]) -> None:
+        self._opener = opener
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, list[int]] = OrderedDict()
+        self._closed = False
+
+    @contextmanager
+    def use(self, path: str) -> Iterator[int]:
+        entry = self._acquire(path)
+        try:
+            yield entry[0]
+        finally:
+            with self._lock:
+                entry[1] -= 1
+                self._close_if_done(entry)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for entry in self._entries.values():
+                self._evict(entry)
+            self._entries.clear()
+
+    def _acquire(self, path: str) -> list[int]:
+        with self._lock:
+            entry = self._entries.get(path)
+            if entry is not None:
+                self._entries.move_to_end(path)
+                entry[1] += 1
+                return entry
+            if self._closed:
+                raise ValueError(f"{path}: the store is closed")
+            entry = [self._opener(path), 1, 0]
+            self._entries[path] = entry
+            if len(self._entries) > _MAX_OPEN_FILES:
+                self._evict(self._entries.popitem(last=False)[1])
+            return entry
+
+    def _evict(self, entry: list[int]) -> None:
+        entry[2] = 1
+        self._close_if_done(entry)
+
+    @staticmethod
+    def _close_if_done(entry: list[int]) -> None:
+        if entry[2] and entry[1] == 0:
+            os.close(entry[0])
+
+
+def _parts(path: str) -> list[str]:
+    parts = path.split("/")
+    if "\0" in path or any(part in ("", ".", "..") for part in parts) or len(parts) > _MAX_DEPTH:
+        raise PathError(f"{path!r}: expected a relative path inside the package")
+    return parts
+
+
+def _open_at(parent: int, name: str, flags: int, path: str) -> int:
+    try:
+        return os.open(name, flags | os.O_CLOEXEC, dir_fd=parent)
+    except OSError as error:
+        # O_NOFOLLOW gives ELOOP for a link to a file, ENOTDIR for one to a folder.
+        if error.errno == errno.ELOOP:
+            raise MissingFileError(f"{path}: {name!r} is a symlink; packages have none") from None
+        if error.errno == errno.ENOTDIR:
+            raise MissingFileError(
+                f"{path}: {name!r}: expected a folder, found a symlink or a file"
+            ) from None
+        if error.errno == errno.EINVAL and flags & getattr(os, "O_DIRECT", 0):
+            raise
+        raise MissingFileError(f"{path}: {error.strerror}") from error
+
+
+def _walk(root: int, location: str) -> Iterator[str]:
+    pending: list[tuple[str, ...]] = [()]
+    while pending:
+        parts = pending.pop()
+        if len(parts) >= _MAX_DEPTH:
+            raise ManifestError(f"{location}: folders are nested more than {_MAX_DEPTH} deep")
+        fd = os.dup(root)
+        try:
+            for part in parts:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append((*parts, entry.name))
+                    else:
+                        yield "/".join((*parts, entry.name))
+        finally:
+            os.close(fd)

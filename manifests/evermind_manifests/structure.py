@@ -1,0 +1,305 @@
+"""What must be true between the values of one manifest; no file is read.
+
+`check_structure` is linear in the manifest's size (20,000 shards take a fraction of a
+second) and reports every problem it finds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from .dtypes import tensor_bytes
+from .errors import PathError, UnsupportedError
+from .manifest import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    ExpertsStep,
+    FusedExperts,
+    GraphStep,
+    Manifest,
+    Plan,
+    Shard,
+    Step,
+)
+from .paths import check_file_kind, check_path
+from .problems import Problem, problem
+from .shard import ALIGNMENT, check_layout
+
+POOL_SUFFIX = ".moe0p"
+POOL_ALIGNMENT = 4096
+MAX_STATE_BYTES = 1 << 36
+
+
+def check_structure(manifest: Manifest) -> list[Problem]:
+    """Every contradiction in `manifest`, in the order of its fields; empty when it is sound."""
+    return [
+        *check_files(manifest.files),
+        *_check_references(manifest),
+        *_check_kinds(manifest),
+        *_check_layers(manifest),
+        *_check_shards(manifest),
+        *_check_plan(manifest),
+        *_check_rest(manifest),
+    ]
+
+
+def check_files(files: Mapping[str, object]) -> Iterator[Problem]:
+    """The paths of `files`: portable, of an allowed kind, and distinct in any letter case."""
+    folded: dict[str, str] = {}
+    for path in files:
+        place = f"files[{path!r}]"
+        try:
+            check_path(path)
+            check_file_kind(path)
+        except UnsupportedError as error:
+            yield problem("file-kind", place, error.message)
+        except PathError as error:
+            yield problem("bad-path", place, error.message)
+        if path in (MANIFEST_NAME, SIGNATURE_NAME):
+            yield problem("bad-path", place, f"{path} cannot hold its own digest")
+        other = folded.setdefault(path.casefold(), path)
+        if other != path:
+            yield problem("path-collision", place, f"differs from {other!r} in letter case only")
+    folders: dict[str, str] = {}
+    for path in folded:
+        end = path.rfind("/")
+        # Once a folder is known, so are those above it.
+        while end > 0 and path[:end] not in folders:
+            folders[path[:end]] = path
+            end = path.rfind("/", 0, end)
+    for path in folded.keys() & folders.keys():
+        yield problem(
+            "path-collision", f"files[{folded[path]!r}]", f"also a folder of {folders[path]!r}"
+        )
+
+
+def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(place, path) of every file the manifest uses, shards apart."""
+    for name, kind in manifest.kinds.items():
+        yield f"kinds[{name!r}].graph", kind.graph
+        if kind.graph_external is not None:
+            yield f"kinds[{name!r}].graph_external", kind.graph_external
+    for program, steps in programs(manifest.plan):
+        for number, step in enumerate(steps):
+            if isinstance(step, GraphStep):
+                yield f"plan.{program}[{number}].graph", step.graph
+    if manifest.resident is not None:
+        yield "resident", manifest.resident
+    if manifest.tokenizer is not None and manifest.tokenizer.file is not None:
+        yield "tokenizer.file", manifest.tokenizer.file
+    if manifest.parity is not None:
+        yield "parity", manifest.parity
+
+
+def programs(plan: Plan) -> Iterator[tuple[str, Sequence[Step]]]:
+    """The plan's programs by name."""
+    yield "prefill", plan.prefill
+    yield "decode", plan.decode
+
+
+def _check_references(manifest: Manifest) -> Iterator[Problem]:
+    for place, path in referenced_files(manifest):
+        if path not in manifest.files:
+            yield problem("unlisted-file", place, f"{path!r} is not in `files`")
+        elif place.startswith(("kinds", "plan")) and not path.endswith(".onnx"):
+            yield problem("file-kind", place, f"expected an .onnx file, found {path!r}")
+    if manifest.resident is not None and not manifest.resident.endswith(".safetensors"):
+        yield problem(
+            "file-kind", "resident", f"expected a .safetensors file, found {manifest.resident!r}"
+        )
+
+
+def _check_kinds(manifest: Manifest) -> Iterator[Problem]:
+    for name, kind in manifest.kinds.items():
+        place = f"kinds[{name!r}]"
+        if kind.bytes % ALIGNMENT or not kind.bytes:
+            yield problem(
+                "kind-layout",
+                place,
+                f"bytes: not a multiple of {ALIGNMENT}: {kind.bytes}",
+            )
+        data_offset = kind.tensors[0].offset if kind.tensors else 0
+        if kind.tensors and data_offset < ALIGNMENT:
+            yield problem("kind-layout", place, f"no room for a header before offset {data_offset}")
+        for message in check_layout(kind.tensors, data_offset, kind.bytes):
+            yield problem("kind-layout", place, message)
+
+
+def _check_layers(manifest: Manifest) -> Iterator[Problem]:
+    for layer, count in Counter(entry.layer for entry in manifest.layers).items():
+        if count > 1:
+            yield problem("layer-invalid", f"layers: layer {layer}", f"stands {count} times")
+    for number, entry in enumerate(manifest.layers):
+        place = f"layers[{number}]"
+        if entry.kind not in manifest.kinds:
+            yield problem("layer-invalid", place, f"kind {entry.kind!r} is not in `kinds`")
+        if entry.top_k > entry.experts:
+            yield problem(
+                "layer-invalid", place, f"top_k {entry.top_k} is more than {entry.experts} experts"
+            )
+
+
+def _check_shards(manifest: Manifest) -> Iterator[Problem]:
+    layers = {entry.layer: entry for entry in manifest.layers}
+    sizes = {
+        entry.layer: manifest.kinds[entry.kind].bytes
+        for entry in manifest.layers
+        if entry.kind in manifest.kinds
+    }
+    seen: dict[tuple[int, int], int] = {}
+    by_file: defaultdict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for number, shard in enumerate(manifest.shards):
+        layer = layers.get(shard.layer)
+        if layer is None or shard.expert >= layer.experts:
+            yield problem(
+                "shard-surplus",
+                f"shards[{number}]",
+                f"there is no expert {shard.expert} in layer {shard.layer}",
+            )
+        first = seen.setdefault((shard.layer, shard.expert), number)
+        if first != number:
+            yield problem(
+                "shard-surplus",
+                f"shards[{number}]",
+                f"layer {shard.layer} expert {shard.expert} stands in shards[{first}] too",
+            )
+        expected = sizes.get(shard.layer, shard.bytes)
+        if shard.bytes != expected:
+            yield problem(
+                "shard-size", f"shards[{number}]", f"expected {expected} bytes, found {shard.bytes}"
+            )
+        yield from _check_shard_file(manifest, number, shard)
+        by_file[shard.file].append((shard.offset, shard.offset + shard.bytes, number))
+    yield from _check_missing(manifest, seen)
+    for path, ranges in by_file.items():
+        ranges.sort()
+        for (_, end, one), (begin, _, other) in pairwise(ranges):
+            if begin < end:
+                yield problem(
+                    "shard-range", f"shards[{other}]", f"overlaps shards[{one}] in {path}"
+                )
+
+
+def _check_shard_file(manifest: Manifest, number: int, shard: Shard) -> Iterator[Problem]:
+    place = f"shards[{number}]"
+    entry = manifest.files.get(shard.file)
+    alignment = POOL_ALIGNMENT if shard.file.endswith(POOL_SUFFIX) else ALIGNMENT
+    if shard.offset % alignment:
+        yield problem(
+            "shard-range",
+            place,
+            f"offset: not a multiple of {alignment}: {shard.offset}",
+        )
+    if not shard.file.endswith((".moe0", POOL_SUFFIX)):
+        yield problem("file-kind", place, f"expected a .moe0 or .moe0p file, found {shard.file!r}")
+    if entry is None:
+        yield problem("unlisted-file", place, f"{shard.file!r} is not in `files`")
+        return
+    if shard.offset + shard.bytes > entry.bytes:
+        yield problem(
+            "shard-range",
+            place,
+            f"ends at {shard.offset + shard.bytes}, {shard.file} has {entry.bytes} bytes",
+        )
+    whole = shard.offset == 0 and shard.bytes == entry.bytes
+    if whole and shard.sha256 != entry.sha256:
+        yield problem(
+            "digest-conflict", place, f"sha256 {shard.sha256[:12]}…, files: {entry.sha256[:12]}…"
+        )
+
+
+def _check_missing(manifest: Manifest, seen: Mapping[tuple[int, int], int]) -> Iterator[Problem]:
+    # A hostile manifest may claim 2^31 experts: compare counts before counting one by one.
+    present = Counter(layer for layer, _ in seen)
+    for entry in manifest.layers:
+        missing = entry.experts - present[entry.layer]
+        if missing <= 0:
+            continue
+        examples: list[int] = []
+        for expert in range(entry.experts):
+            if (entry.layer, expert) not in seen:
+                examples.append(expert)
+                if len(examples) == min(missing, 5):
+                    break
+        yield problem(
+            "shard-missing",
+            f"shards: layer {entry.layer}",
+            f"{missing} of {entry.experts} experts have no shard: expert"
+            f" {', '.join(map(str, examples))}{', …' if missing > len(examples) else ''}",
+        )
+
+
+def _check_plan(manifest: Manifest) -> Iterator[Problem]:
+    plan = manifest.plan
+    for name in plan.inputs.keys() & plan.state.keys():
+        yield problem("plan-redefined", f"plan.state[{name!r}]", "is an input too")
+    for name, state in plan.state.items():
+        size = tensor_bytes(state.dtype, state.shape)
+        if size > MAX_STATE_BYTES:
+            yield problem("state-too-large", f"plan.state[{name!r}]", f"{size:,} bytes")
+    for program, steps in programs(plan):
+        yield from _check_program(manifest, program, steps)
+
+
+def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> Iterator[Problem]:
+    """Walk the blackboard: who produces which value, and is it there when it is read?"""
+    plan = manifest.plan
+    produced: set[str] = set()
+    available = set(plan.inputs) | set(plan.state)
+    executed: Counter[int] = Counter()
+    known = {entry.layer for entry in manifest.layers}
+    for number, step in enumerate(steps):
+        place = f"plan.{program}[{number}]"
+        for name in _reads(step):
+            if name not in available:
+                yield problem("plan-undefined", place, f"{name!r} is read before it is produced")
+        for name in _writes(step):
+            if name in produced or name in plan.inputs:
+                yield problem("plan-redefined", place, f"{name!r} is produced twice")
+            produced.add(name)
+        available |= produced
+        experts = step.experts if isinstance(step, GraphStep) else step
+        if experts is not None:
+            executed[experts.layer] += 1
+            if experts.layer not in known:
+                yield problem("plan-experts", place, f"layer {experts.layer} is not in `layers`")
+        if isinstance(experts, FusedExperts) and program == "prefill":
+            yield problem("plan-experts", place, "fused experts take one token: decode only")
+        if isinstance(step, GraphStep) and step.weights and manifest.resident is None:
+            yield problem("plan-weights", place, "weights are bound, but `resident` is not set")
+    for layer in sorted(known):
+        if executed[layer] != 1:
+            yield problem(
+                "plan-experts", f"plan.{program}", f"layer {layer} runs {executed[layer]} times"
+            )
+    for what, names in (("outputs", plan.outputs), ("state", plan.state)):
+        for name in names:
+            if name not in produced:
+                yield problem(
+                    "plan-output", f"plan.{what}[{name!r}]", f"{program} never produces it"
+                )
+
+
+def _reads(step: Step) -> list[str]:
+    if isinstance(step, ExpertsStep):
+        return [step.x, step.ids, step.gates]
+    return [*step.inputs.values(), *([step.experts.ids] if step.experts is not None else [])]
+
+
+def _writes(step: Step) -> list[str]:
+    return [step.y] if isinstance(step, ExpertsStep) else list(step.outputs.values())
+
+
+def _check_rest(manifest: Manifest) -> Iterator[Problem]:
+    parameters = manifest.parameters
+    if parameters.active > parameters.total:
+        yield problem(
+            "parameters", "parameters", f"active {parameters.active:,} > total {parameters.total:,}"
+        )
+    tokenizer = manifest.tokenizer
+    if tokenizer is not None and tokenizer.kind == "tokenizers" and tokenizer.file is None:
+        yield problem("tokenizer", "tokenizer.file", "expected a path, found none")
+    if manifest.parity is None:
+        yield problem("no-parity", "parity", "not set")
