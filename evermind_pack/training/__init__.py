@@ -1,0 +1,1 @@
+"""Trainers for the Evermind families, run folders and text corpora."""

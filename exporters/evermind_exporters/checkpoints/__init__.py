@@ -11,12 +11,20 @@ from .checkpoint import Checkpoint
 from .evl0 import read_evl0, write_evl0
 from .lmbc import read_lmbc, write_lmbc
 from .moe0 import read_moe0, write_moe0
-from .params import Family, canonical_shapes, ffn_shapes, parameter_count, validate_config
+from .params import (
+    Family,
+    canonical_shapes,
+    dim_names,
+    ffn_shapes,
+    parameter_count,
+    validate_config,
+)
 
 __all__ = [
     "Checkpoint",
     "Family",
     "canonical_shapes",
+    "dim_names",
     "ffn_shapes",
     "parameter_count",
     "read_checkpoint",
