@@ -1,0 +1,1 @@
+"""Models, trainers and the command line of evermind-pack."""

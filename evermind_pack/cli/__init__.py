@@ -1,0 +1,100 @@
+"""The command line: `evermind-pack COMMAND …`. Each command is a module, imported when called."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Protocol, cast
+
+from evermind_manifests.errors import EvermindPackError
+
+# Name → what it does, in the order a user meets them.
+COMMANDS = {
+    "demo": "train, export, validate and run a small language model, start to end",
+    "train": "train a model and write a run folder",
+    "export": "write a trained model or a peer's checkpoint as a package",
+    "inspect": "show what a package holds and which budgets make sense",
+    "validate": "check a package: structure, files, digests, graphs, results",
+    "run": "generate text, or run arrays through a package, under a memory budget",
+}
+_INTERRUPTED = 130
+
+
+class Command(Protocol):
+    """What a command module provides."""
+
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's own arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; returns the exit code."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 ok, 1 failed, 2 usage, 3 integrity."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        return _top_level(arguments)
+    command = cast(Command, importlib.import_module(f"{__name__}.{name}"))
+    parser = argparse.ArgumentParser(
+        prog=f"evermind-pack {name}",
+        description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
+        epilog=f"examples:\n{command.EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no remarks")
+    args = parser.parse_args(arguments[1:])
+    try:
+        return command.run(args)
+    except EvermindPackError as error:
+        _report(error, args.json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): nothing more to say, and not an error.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _top_level(arguments: Sequence[str]) -> int:
+    listed = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="evermind-pack",
+        description="Turn Mixture-of-Experts models into packages whose experts can be paged, "
+        "and run them where memory is small.",
+        epilog=f"commands:\n{listed}\n\n`evermind-pack COMMAND --help` shows a command's options "
+        "and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"evermind-pack {metadata.version('evermind-pack')}"
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to do")
+    if not arguments:
+        parser.print_help()
+        return 2
+    parser.parse_args(arguments)
+    return 2
+
+
+def _report(error: EvermindPackError, as_json: bool) -> None:
+    kind = type(error).__name__
+    if as_json:
+        body = {"type": kind, "message": error.message, "hint": error.hint}
+        print(json.dumps({"error": body}))
+    else:
+        print(f"{kind}: {error}", file=sys.stderr)

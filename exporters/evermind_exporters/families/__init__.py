@@ -1,0 +1,10 @@
+"""The model families that can be packaged, by the name in `manifest.family`."""
+
+from __future__ import annotations
+
+from ..blueprint import FamilyExporter
+from . import evermind_lm, limbic, shared_expert_moe
+
+FAMILIES: dict[str, FamilyExporter] = {
+    module.FAMILY.name: module.FAMILY for module in (shared_expert_moe, evermind_lm, limbic)
+}

@@ -1,0 +1,83 @@
+"""Arrays and states in `.npz` files: what `run --inputs` reads and writes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.errors import InputError
+from evermind_runtime import Model, State
+
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Every array of an `.npz` file; pickled objects are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: expected an .npz archive, found a single array")
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read as .npz: {error}") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write an `.npz` file, whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_states(model: Model, path: Path | None, inputs: Arrays) -> State | list[State]:
+    """The state to start from: one, or one per row where the inputs have a batch axis.
+
+    A stored state of a batch has the same leading axis on each of its arrays.
+    """
+    batch = _batch(model, inputs)
+    states = [model.new_state() for _ in range(1 if batch is None else batch)]
+    if path is not None:
+        arrays = read_arrays(path)
+        if batch is None:
+            states[0].restore(arrays)
+        else:
+            for name, array in arrays.items():
+                if array.ndim == 0 or len(array) != batch:
+                    raise InputError(
+                        f"{path}: {name}: expected a batch axis of {batch}, found {array.shape}"
+                    )
+            for row, state in enumerate(states):
+                state.restore({name: array[row] for name, array in arrays.items()})
+    return states[0] if batch is None else states
+
+
+def write_states(path: Path, states: State | Sequence[State]) -> None:
+    """Store one state, or a batch of them stacked."""
+    if isinstance(states, State):
+        write_arrays(path, states.save())
+        return
+    saved = [state.save() for state in states]
+    write_arrays(path, {name: np.stack([one[name] for one in saved]) for name in saved[0]})
+
+
+def _batch(model: Model, inputs: Arrays) -> int | None:
+    for name, spec in model.manifest.plan.inputs.items():
+        if name in inputs and inputs[name].ndim == len(spec.shape) + 1:
+            return len(inputs[name])
+    return None

@@ -1,0 +1,131 @@
+"""`evermind-pack export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from evermind_manifests.errors import MissingExtraError
+from evermind_manifests.manifest import Card
+
+from .terminal import human_bytes, print_json, print_table, progress, remark
+
+EXAMPLES = """\
+  evermind-pack export runs/shakespeare -o shakespeare/
+  evermind-pack export model.safetensors -o model.zip --dtype bf16
+  evermind-pack export peer.moe0 -o peer/ --dtype f32
+  evermind-pack export peer.evl0 -o peer/ --fp16-rounding truncate"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Source, destination and how weights are stored."""
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="a training run, a folder or file with model.safetensors and config.json, or a "
+        "peer's MoE0, EVL0 or LMBC file (told apart by content)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PKG",
+        type=Path,
+        required=True,
+        help="the package to write: a folder, or one file if it ends in .zip",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("f16", "bf16", "f32"),
+        default="f16",
+        help="what expert weights are stored as (default: f16)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("files", "pool"),
+        default="files",
+        help="one file per expert, or pools of many (default: files)",
+    )
+    parser.add_argument(
+        "--fp16-rounding",
+        choices=("nearest", "truncate"),
+        default="nearest",
+        help="nearest: round expert weights to the nearest half. truncate: cut every weight, "
+        "resident ones too, as the peer does; the package then computes the peer's half "
+        "model (default: nearest)",
+    )
+    parser.add_argument("--name", help="the package's name (default: the source's)")
+    parser.add_argument("--package-version", default="1", help="its version (default: 1)")
+    parser.add_argument("--license", help="an SPDX identifier for the model card")
+    parser.add_argument("--author", help="who made the model, for the model card")
+    parser.add_argument("--description", default="", help="what the model is, for the card")
+    parser.add_argument("--tag", action="append", default=[], help="a tag for the card; repeatable")
+    parser.add_argument("--force", action="store_true", help="replace an existing package")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, then say what was written."""
+    try:
+        from evermind_exporters import ExportOptions, export_package, read_source
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "export", "Exporting") from error
+
+    source = read_source(args.source)
+    options = ExportOptions(
+        dtype=args.dtype,
+        rounding=args.fp16_rounding,
+        layout=args.layout,
+        name=args.name,
+        version=args.package_version,
+        card=Card(
+            description=args.description,
+            license=args.license,
+            author=args.author,
+            tags=tuple(args.tag),
+            training_summary=source.training_summary,
+        ),
+        overwrite=args.force,
+    )
+    try:
+        from ..parity import parity_reference
+    except ImportError:
+        reference = None
+        remark(
+            "note: no parity file is written, as PyTorch is not installed "
+            "(pip install 'evermind-pack[train]')",
+            quiet=args.quiet,
+        )
+    else:
+        reference = parity_reference(source.family)
+    with progress("writing experts", quiet=args.quiet or args.json) as advance:
+        digest = export_package(source, args.output, options, reference=reference, progress=advance)
+    _print_result(args, digest)
+    return 0
+
+
+def _print_result(args: argparse.Namespace, digest: str) -> None:
+    from evermind_manifests.package import open_package
+
+    with open_package(args.output) as package:
+        manifest = package.manifest
+    size = sum(entry.bytes for entry in manifest.files.values())
+    if args.json:
+        print_json(
+            {
+                "package": str(args.output),
+                "digest": digest,
+                "family": manifest.family,
+                "experts": len(manifest.shards),
+                "bytes": size,
+                "parity": manifest.parity is not None,
+            }
+        )
+        return
+    print_table(
+        {
+            "package": f"{args.output}  ({human_bytes(size)})",
+            "family": manifest.family,
+            "experts": f"{len(manifest.shards)} shards, {args.dtype}",
+            "digest": digest,
+        }
+    )

@@ -1,0 +1,210 @@
+"""`evermind-pack run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from evermind_manifests.errors import InputError
+from evermind_runtime import Model, PagingWarning, load
+
+from .arrays import read_arrays, read_states, write_arrays, write_states
+from .terminal import human_bytes, print_json, print_table, remark
+
+EXAMPLES = """\
+  evermind-pack run shakespeare/ --prompt "def " --max-new 64 --budget 25%
+  evermind-pack run shakespeare/ --tokens 1,2,3 --max-new 16 --temperature 0.8 --seed 7 --json
+  evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
+  evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Either a prompt to continue, or arrays to push through."""
+    parser.add_argument("package", metavar="PKG", help="a package folder or .zip file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
+    what.add_argument(
+        "--inputs", metavar="NPZ", type=Path, help="arrays to run, by the plan's input names"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="the most expert weights may take in memory: 64MiB, 2GB, 25%% of all, or bytes "
+        "(default: all may be resident)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
+    parser.add_argument(
+        "--verify",
+        choices=("first", "always", "never"),
+        default="first",
+        help="when a shard's sha256 is checked (default: at its first read)",
+    )
+    text = parser.add_argument_group("generation (--prompt, --tokens)")
+    text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
+    text.add_argument(
+        "--temperature", metavar="T", type=float, help="0 is greedy (default: the package's)"
+    )
+    text.add_argument("--seed", type=int, help="of the sampler (default: 1)")
+    text.add_argument(
+        "--stop-token", metavar="ID", type=int, action="append", help="ends the text; repeatable"
+    )
+    raw = parser.add_argument_group("arrays (--inputs)")
+    raw.add_argument("--outputs", metavar="NPZ", type=Path, help="where to write all outputs")
+    raw.add_argument(
+        "--steps",
+        choices=("prefill", "decode"),
+        default="prefill",
+        help="all tokens at once, or one by one (default: prefill)",
+    )
+    raw.add_argument("--state-in", metavar="NPZ", type=Path, help="state to start from")
+    raw.add_argument("--state-out", metavar="NPZ", type=Path, help="where to write the state after")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate or run arrays."""
+    _check_combination(args)
+    with ExitStack() as stack:
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always", PagingWarning)
+        model = stack.enter_context(
+            load(
+                args.package,
+                budget=args.budget,
+                device=args.device,
+                threads=args.threads,
+                verify=args.verify,
+            )
+        )
+        for warning in caught:
+            remark(f"warning: {warning.message}", quiet=args.quiet)
+        if args.inputs:
+            _run_arrays(model, args)
+        else:
+            _generate(model, args)
+    return 0
+
+
+def _check_combination(args: argparse.Namespace) -> None:
+    if args.inputs and not (args.outputs or args.state_out):
+        raise InputError("--inputs needs --outputs NPZ (or --state-out NPZ) to write to")
+    misplaced = ("max_new", "temperature", "seed", "stop_token") if args.inputs else ("outputs",)
+    for name in misplaced:
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} has no meaning {'with' if args.inputs else 'without'} --inputs"
+            )
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads: expected 1 or more, found {args.threads}")
+
+
+def _run_arrays(model: Model, args: argparse.Namespace) -> None:
+    inputs = read_arrays(args.inputs)
+    states = read_states(model, args.state_in, inputs)
+    started = time.perf_counter()
+    outputs = model.forward(inputs, state=states, steps=args.steps)
+    seconds = time.perf_counter() - started
+    if args.outputs:
+        write_arrays(args.outputs, outputs)
+    if args.state_out:
+        write_states(args.state_out, states)
+    result = {
+        "outputs": {name: list(array.shape) for name, array in outputs.items()},
+        "seconds": seconds,
+        **_counters(model),
+    }
+    if args.json:
+        print_json(result)
+    elif not args.quiet:
+        rows = {name: f"{array.dtype} {array.shape}" for name, array in outputs.items()}
+        print_table(rows | _counter_rows(model))
+
+
+def _generate(model: Model, args: argparse.Namespace) -> None:
+    prompt = args.prompt if args.tokens is None else _token_ids(args.tokens)
+    state = model.new_state()
+    if args.state_in:
+        state.restore(read_arrays(args.state_in))
+    stream = not args.json
+    if stream and args.prompt is not None:
+        print(args.prompt, end="", flush=True)
+    tokens: list[int] = []
+    pieces: list[str] = []
+    started = time.perf_counter()
+    first = started
+    for piece in model.generate(
+        prompt,
+        max_new_tokens=args.max_new,
+        temperature=args.temperature,
+        seed=args.seed,
+        stop_tokens=args.stop_token,
+        state=state,
+    ):
+        if not tokens:
+            first = time.perf_counter()
+        tokens.append(piece.token)
+        pieces.append(piece.text)
+        if stream:
+            shown = piece.text if model.codec else f"{piece.token} "
+            print(shown, end="", flush=True)
+    ended = time.perf_counter()
+    if args.state_out:
+        write_arrays(args.state_out, state.save())
+    # The first token carries the prompt: it has its own figure.
+    speed = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "text": "".join(pieces) if model.codec else None,
+        "tokens_per_second": speed,
+        "ttft_ms": (first - started) * 1000,
+        **_counters(model),
+    }
+    if args.json:
+        print_json(result)
+        return
+    print()
+    if not args.quiet:
+        rows = {"speed": f"{speed:,.1f} tokens/s, first after {result['ttft_ms']:.1f} ms"}
+        sys.stdout.flush()
+        for name, value in (rows | _counter_rows(model)).items():
+            remark(f"{name:<14}{value}")
+
+
+def _counters(model: Model) -> dict[str, Any]:
+    stats = model.stats()
+    return {
+        "expert_hits": stats.expert_hits,
+        "expert_misses": stats.expert_misses,
+        "hit_rate": stats.hit_rate,
+        "bytes_read": stats.bytes_read,
+        "peak_resident_expert_bytes": stats.peak_resident_expert_bytes,
+        "budget_bytes": stats.budget_bytes,
+        "device": model.device,
+    }
+
+
+def _counter_rows(model: Model) -> dict[str, str]:
+    stats = model.stats()
+    if not model.manifest.layers:
+        return {}
+    return {
+        "experts": f"{stats.expert_hits:,} hits, {stats.expert_misses:,} misses "
+        f"({stats.hit_rate:.0%} hits)",
+        "read": human_bytes(stats.bytes_read),
+        "resident": f"at most {human_bytes(stats.peak_resident_expert_bytes)} of experts, "
+        f"budget {human_bytes(stats.budget_bytes)}",
+    }
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--tokens: expected ids like 1,2,3, found {text!r}") from None

@@ -1,0 +1,193 @@
+"""Write one model as a package: round the weights, build the graphs, stream the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from evermind_manifests import dtypes
+from evermind_manifests.errors import ConfigError, ExportError
+from evermind_manifests.manifest import (
+    RESIDENT_NAME,
+    SCHEMA,
+    Card,
+    Generation,
+    Kind,
+    Manifest,
+    Parameters,
+    Tokenizer,
+)
+from evermind_manifests.shard import encode_shard
+from evermind_manifests.writer import PackageWriter
+
+from .blueprint import Blueprint, FamilyExporter, FloatArray, Tensors
+from .checkpoints import parameter_count
+from .families import FAMILIES
+from .parity import PARITY_NAME, Reference, parity_file
+from .resident import pack_resident
+from .source import TOKENIZER_NAME, ModelSource
+
+ExpertDType: TypeAlias = Literal["f32", "f16", "bf16"]
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How to write a package.
+
+    `dtype` is what expert weights are stored as. Resident weights stay float32, except that
+    `rounding="truncate"` (f16 only) cuts every weight to half precision the way the peer
+    does, so that the package computes exactly the peer's half model.
+    """
+
+    dtype: ExpertDType = "f16"
+    rounding: dtypes.Rounding = "nearest"
+    layout: Literal["files", "pool"] = "files"
+    name: str | None = None
+    version: str = "1"
+    card: Card = field(default_factory=Card)
+    generation: Generation | None = None
+    created: str | None = None
+    overwrite: bool = False
+
+
+def export_package(
+    source: ModelSource,
+    destination: Path,
+    options: ExportOptions | None = None,
+    *,
+    reference: Reference | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Write `source` to `destination` (a folder, or one file if it ends in `.zip`).
+
+    Returns the package digest. `reference` computes the parity case; without it the package
+    has none. `progress(done, total)` counts shards. Raises `ExportError` when a weight does
+    not fit `dtype` or the destination cannot be written; then nothing is left behind.
+    """
+    options = options or ExportOptions()
+    if options.rounding == "truncate" and options.dtype != "f16":
+        raise ConfigError(
+            f"rounding 'truncate' is the peer's half precision and needs dtype f16, "
+            f"not {options.dtype}"
+        )
+    family = FAMILIES[source.family]
+    stored = StoredTensors(source, family, options)
+    resident, index = pack_resident(
+        {name: stored[name] for name in family.resident_names(source.config)}
+    )
+    blueprint = family.build(source.config, index, options.dtype)
+    with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
+        for path, data in blueprint.graphs.items():
+            writer.add_file(path, data)
+        writer.add_file(RESIDENT_NAME, resident)
+        kinds = _add_kinds(writer, blueprint)
+        _add_shards(writer, blueprint, family, source.tensors, options, progress)
+        tokenizer = _add_tokenizer(writer, source)
+        if reference is not None:
+            writer.add_file(PARITY_NAME, parity_file(family, source.config, stored, reference))
+        card = options.card
+        manifest = Manifest(
+            schema=SCHEMA,
+            name=options.name or source.name,
+            version=options.version,
+            family=family.name,
+            config=source.config,
+            parameters=Parameters(
+                total=parameter_count(family.name, source.config),
+                active=blueprint.active_parameters,
+            ),
+            files={},
+            kinds=kinds,
+            layers=blueprint.layers,
+            shards=(),
+            plan=blueprint.plan,
+            resident=RESIDENT_NAME,
+            tokenizer=tokenizer,
+            generation=options.generation,
+            parity=PARITY_NAME if reference is not None else None,
+            card=card if card != Card() else None,
+            created=options.created,
+        )
+        return writer.finish(manifest)
+
+
+class StoredTensors(Mapping[str, FloatArray]):
+    """The model's weights as a reader of the package sees them: rounded, then float32 again."""
+
+    def __init__(self, source: ModelSource, family: FamilyExporter, options: ExportOptions) -> None:
+        self._source = source.tensors
+        self._resident = frozenset(family.resident_names(source.config))
+        self._options = options
+
+    def __getitem__(self, name: str) -> FloatArray:
+        array = self._source[name]
+        if name in self._resident and self._options.rounding != "truncate":
+            return array
+        stored = _encode(name, array, self._options)
+        return dtypes.decode(stored.data, self._options.dtype, array.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+def _encode(name: str, array: FloatArray, options: ExportOptions) -> np.ndarray[Any, Any]:
+    try:
+        return dtypes.encode(array, options.dtype, options.rounding)
+    except ExportError as error:
+        raise ExportError(
+            f"{name}: {error.message}", hint="Export with --dtype bf16 or --dtype f32 instead."
+        ) from error
+
+
+def _add_kinds(writer: PackageWriter, blueprint: Blueprint) -> dict[str, Kind]:
+    kinds = {}
+    for name, kind in blueprint.kinds.items():
+        graph, external = f"graphs/expert_{name}.onnx", f"graphs/expert_{name}_external.onnx"
+        writer.add_file(graph, kind.graph)
+        writer.add_file(external, kind.graph_external)
+        kinds[name] = Kind(
+            graph=graph,
+            graph_external=external,
+            tensors=kind.layout.tensors,
+            bytes=kind.layout.bytes,
+        )
+    return kinds
+
+
+def _add_shards(
+    writer: PackageWriter,
+    blueprint: Blueprint,
+    family: FamilyExporter,
+    tensors: Tensors,
+    options: ExportOptions,
+    progress: Progress | None,
+) -> None:
+    total = sum(layer.experts for layer in blueprint.layers)
+    done = 0
+    for layer in blueprint.layers:
+        layout = blueprint.kinds[layer.kind].layout
+        for expert in range(layer.experts):
+            names = family.expert_names(layer.layer, expert)
+            arrays = {
+                tensor: _encode(name, tensors[name], options) for tensor, name in names.items()
+            }
+            writer.add_shard(layer.layer, expert, encode_shard(layout, layer.layer, expert, arrays))
+            done += 1
+            if progress:
+                progress(done, total)
+
+
+def _add_tokenizer(writer: PackageWriter, source: ModelSource) -> Tokenizer | None:
+    if source.tokenizer is None:
+        return None
+    if source.tokenizer == "bytes":
+        return Tokenizer(kind="bytes")
+    writer.add_file(TOKENIZER_NAME, source.tokenizer)
+    return Tokenizer(kind="tokenizers", file=TOKENIZER_NAME)

@@ -1,0 +1,227 @@
+"""`evermind-lm`: embedding, L x [RMSNorm, causal depthwise conv, RMSNorm, MoE], tied head.
+
+Formulas: specs/evermind-formats.md, section 8.3. A program has L+1 segments: segment l
+finishes layer l-1 (adds its experts' output) and computes layer l up to its router; the
+last one is the head. State per layer: the last C-1 normalised inputs of its convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.manifest import (
+    DType,
+    ExpertsStep,
+    FusedExperts,
+    GraphStep,
+    Layer,
+    Plan,
+    StateSpec,
+    Step,
+    ValueSpec,
+)
+from evermind_runtime.lcg import Lcg
+
+from ..blueprint import Blueprint, FamilyExporter
+from ..checkpoints.params import canonical_shapes
+from ..onnx_graph import ExternalTensor, GraphBuilder
+from .relu_expert import KIND, TENSORS, expert_kind, fused_experts, route
+
+NAME: Final = "evermind-lm"
+_EMBEDDING = "token_embedding.weight"
+# Source: specs/evermind-formats.md, section 8.3.
+_EPSILON = 1e-5
+_SLICE_END = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Dims:
+    vocab: int
+    d_model: int
+    layers: int
+    kernel: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Dims:
+        return cls(
+            config["vocabSize"],
+            config["dModel"],
+            config["numLayers"],
+            config["convKernel"],
+            config["hiddenDim"],
+            config["numExperts"],
+            config["topK"],
+        )
+
+
+def _resident_names(config: Mapping[str, Any]) -> list[str]:
+    return [name for name in canonical_shapes(NAME, config) if ".experts." not in name]
+
+
+def _expert_names(layer: int, expert: int) -> dict[str, str]:
+    prefix = f"layers.{layer}.moe.experts.{expert}."
+    return {name: prefix + name for name in TENSORS}
+
+
+def _sample_inputs(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArray[Any]]:
+    uniforms = Lcg(seed).uniforms(24)
+    return {"tokens": (uniforms * config["vocabSize"]).astype(np.int64)}
+
+
+def _build(
+    config: Mapping[str, Any], resident: Mapping[str, ExternalTensor], dtype: DType
+) -> Blueprint:
+    dims = _Dims.of(config)
+    graphs = {}
+    for segment in range(dims.layers + 1):
+        graphs[_path("prefill", segment)] = _segment(dims, segment, resident, None)
+        graphs[_path("decode", segment)] = _segment(dims, segment, resident, dtype)
+
+    state = {}
+    if dims.kernel > 1:
+        for layer in range(dims.layers):
+            state[f"conv.{layer}"] = StateSpec(dtype="f32", shape=(dims.kernel - 1, dims.d_model))
+    outputs = {"logits": ValueSpec(dtype="f32", shape=("T", dims.vocab))}
+    for layer in range(dims.layers):
+        outputs[f"ids.{layer}"] = ValueSpec(dtype="i64", shape=("T", dims.top_k))
+        outputs[f"gates.{layer}"] = ValueSpec(dtype="f32", shape=("T", dims.top_k))
+
+    per_expert = 2 * dims.d_model * dims.hidden + dims.hidden + dims.d_model
+    trunk = dims.d_model * (dims.kernel + 2 + dims.experts)
+    return Blueprint(
+        kinds={KIND: expert_kind(dims.d_model, dims.hidden, dtype)},
+        layers=tuple(
+            Layer(layer=layer, kind=KIND, experts=dims.experts, top_k=dims.top_k)
+            for layer in range(dims.layers)
+        ),
+        graphs=graphs,
+        plan=Plan(
+            inputs={"tokens": ValueSpec(dtype="i64", shape=("T",), limit=dims.vocab)},
+            outputs=outputs,
+            state=state,
+            prefill=tuple(_prefill_steps(dims)),
+            decode=tuple(_step(dims, "decode", segment) for segment in range(dims.layers + 1)),
+        ),
+        active_parameters=dims.vocab * dims.d_model
+        + dims.layers * (trunk + (1 + dims.top_k) * per_expert),
+    )
+
+
+def _prefill_steps(dims: _Dims) -> list[Step]:
+    steps: list[Step] = []
+    for segment in range(dims.layers + 1):
+        steps.append(_step(dims, "prefill", segment))
+        if segment < dims.layers:
+            steps.append(
+                ExpertsStep(
+                    layer=segment,
+                    x=f"n.{segment}",
+                    ids=f"ids.{segment}",
+                    gates=f"gates.{segment}",
+                    y=f"e.{segment}",
+                )
+            )
+    return steps
+
+
+def _step(dims: _Dims, program: str, segment: int) -> GraphStep:
+    previous = segment - 1
+    inputs: dict[str, str] = {}
+    fused = None
+    if segment == 0:
+        inputs["tokens"] = "tokens"
+    else:
+        inputs["base"] = f"base.{previous}"
+        if program == "decode":
+            inputs |= {"n": f"n.{previous}", "gates": f"gates.{previous}"}
+            fused = FusedExperts(layer=previous, ids=f"ids.{previous}")
+        else:
+            inputs["e"] = f"e.{previous}"
+    if segment == dims.layers:
+        outputs = {"logits": "logits"}
+    else:
+        outputs = {
+            "base_out": f"base.{segment}",
+            "n_out": f"n.{segment}",
+            "ids_out": f"ids.{segment}",
+            "gates_out": f"gates.{segment}",
+        }
+        if dims.kernel > 1:
+            inputs["conv"] = outputs["conv_out"] = f"conv.{segment}"
+    return GraphStep(graph=_path(program, segment), inputs=inputs, outputs=outputs, experts=fused)
+
+
+def _segment(
+    dims: _Dims, segment: int, resident: Mapping[str, ExternalTensor], fused_dtype: DType | None
+) -> bytes:
+    """One segment's graph: for one token with fused experts, or (`None`) for T tokens."""
+    tokens: int | str = "T" if fused_dtype is None else 1
+    d_model = dims.d_model
+    b = GraphBuilder(f"segment_{segment}", resident)
+    if segment == 0:
+        ids = b.input("tokens", "i64", [tokens])
+        x = b.op("Gather", b.weight(_EMBEDDING), ids, axis=0)
+    else:
+        base = b.input("base", "f32", [tokens, d_model])
+        if fused_dtype is None:
+            x = b.op("Add", base, b.input("e", "f32", [tokens, d_model]))
+        else:
+            x = fused_experts(b, base, d_model, dims.hidden, dims.top_k, fused_dtype)
+    if segment == dims.layers:
+        logits = b.op("Gemm", x, b.weight(_EMBEDDING), transB=1)
+        b.output(logits, "logits", "f32", [tokens, dims.vocab])
+        return b.build()
+
+    prefix = f"layers.{segment}."
+    convolved = _convolution(b, _rms_norm(b, x, f"{prefix}norm_conv.weight"), prefix, dims, tokens)
+    residual = b.op("Add", x, convolved)
+    n = _rms_norm(b, residual, f"{prefix}norm_moe.weight")
+    routed = route(b, n, f"{prefix}moe.", dims.top_k)
+    b.output(b.op("Add", residual, routed.shared), "base_out", "f32", [tokens, d_model])
+    b.output(n, "n_out", "f32", [tokens, d_model])
+    b.output(routed.ids, "ids_out", "i64", [tokens, dims.top_k])
+    b.output(routed.gates, "gates_out", "f32", [tokens, dims.top_k])
+    return b.build()
+
+
+def _rms_norm(b: GraphBuilder, x: str, gain: str) -> str:
+    return str(b.op("RMSNormalization", x, b.weight(gain), axis=-1, epsilon=_EPSILON))
+
+
+def _convolution(b: GraphBuilder, n: str, prefix: str, dims: _Dims, tokens: int | str) -> str:
+    """The causal depthwise convolution of `n`; declares the state input and output.
+
+    Tap j is the lag, so the taps are reversed to meet the window, which is oldest first.
+    """
+    taps = b.weight(f"{prefix}conv.weight")
+    taps = b.op("Slice", taps, b.const([-1]), b.const([-_SLICE_END]), b.const([1]), b.const([-1]))
+    window = n
+    if dims.kernel > 1:
+        state_dims = [dims.kernel - 1, dims.d_model]
+        window = b.op("Concat", b.input("conv", "f32", state_dims), n, axis=0)
+        last = b.op(
+            "Slice", window, b.const([1 - dims.kernel]), b.const([_SLICE_END]), b.const([0])
+        )
+        b.output(last, "conv_out", "f32", state_dims)
+    if tokens == 1:
+        products = b.op("Mul", window, b.op("Transpose", taps, perm=[1, 0]))
+        return str(b.op("ReduceSum", products, b.const([0]), keepdims=1))
+    # (T+C-1, d) -> (1, d, T+C-1) -> (1, d, T) -> (T, d)
+    signal = b.op("Unsqueeze", b.op("Transpose", window, perm=[1, 0]), b.const([0]))
+    kernel = b.op("Unsqueeze", taps, b.const([1]))
+    result = b.op("Conv", signal, kernel, group=dims.d_model, kernel_shape=[dims.kernel])
+    return str(b.op("Transpose", b.op("Squeeze", result, b.const([0])), perm=[1, 0]))
+
+
+def _path(program: str, segment: int) -> str:
+    return f"graphs/{program}_{segment:02d}.onnx"
+
+
+FAMILY = FamilyExporter(NAME, _resident_names, _expert_names, _build, _sample_inputs)

@@ -1,0 +1,112 @@
+"""`shared-expert-moe`: one MoE layer, `x (T, d)` to `y (T, d)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy.typing as npt
+from evermind_manifests.manifest import (
+    DType,
+    ExpertsStep,
+    FusedExperts,
+    GraphStep,
+    Layer,
+    Plan,
+    ValueSpec,
+)
+from evermind_runtime.lcg import Lcg
+
+from ..blueprint import Blueprint, FamilyExporter
+from ..checkpoints.params import canonical_shapes
+from ..onnx_graph import ExternalTensor, GraphBuilder
+from .relu_expert import KIND, TENSORS, expert_kind, fused_experts, route
+
+NAME: Final = "shared-expert-moe"
+
+
+def _resident_names(config: Mapping[str, Any]) -> list[str]:
+    return [name for name in canonical_shapes(NAME, config) if not name.startswith("experts.")]
+
+
+def _expert_names(_layer: int, expert: int) -> dict[str, str]:
+    return {name: f"experts.{expert}.{name}" for name in TENSORS}
+
+
+def _sample_inputs(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArray[Any]]:
+    d_model = config["modelDim"]
+    return {"x": Lcg(seed).gaussian(4 * d_model, 1.0).reshape(4, d_model)}
+
+
+def _build(
+    config: Mapping[str, Any], resident: Mapping[str, ExternalTensor], dtype: DType
+) -> Blueprint:
+    d_model, hidden = config["modelDim"], config["hiddenDim"]
+    experts, top_k = config["numExperts"], config["topK"]
+
+    b = GraphBuilder("router", resident)
+    x = b.input("x", "f32", ["T", d_model])
+    routed = route(b, x, "", top_k)
+    b.output(routed.shared, "base", "f32", ["T", d_model])
+    b.output(routed.ids, "ids", "i64", ["T", top_k])
+    b.output(routed.gates, "gates", "f32", ["T", top_k])
+    router = b.build()
+
+    b = GraphBuilder("combine")
+    base = b.input("base", "f32", ["T", d_model])
+    routed_sum = b.input("e", "f32", ["T", d_model])
+    b.output(b.op("Add", base, routed_sum), "y", "f32", ["T", d_model])
+    combine = b.build()
+
+    b = GraphBuilder("experts")
+    base = b.input("base", "f32", [1, d_model])
+    b.output(fused_experts(b, base, d_model, hidden, top_k, dtype), "y", "f32", [1, d_model])
+    fused = b.build()
+
+    router_step = GraphStep(
+        graph="graphs/router.onnx",
+        inputs={"x": "x"},
+        outputs={"base": "base", "ids": "ids.0", "gates": "gates.0"},
+    )
+    plan = Plan(
+        inputs={"x": ValueSpec(dtype="f32", shape=("T", d_model))},
+        outputs={
+            "y": ValueSpec(dtype="f32", shape=("T", d_model)),
+            "ids.0": ValueSpec(dtype="i64", shape=("T", top_k)),
+            "gates.0": ValueSpec(dtype="f32", shape=("T", top_k)),
+        },
+        state={},
+        prefill=(
+            router_step,
+            ExpertsStep(layer=0, x="x", ids="ids.0", gates="gates.0", y="e.0"),
+            GraphStep(
+                graph="graphs/combine.onnx",
+                inputs={"base": "base", "e": "e.0"},
+                outputs={"y": "y"},
+            ),
+        ),
+        decode=(
+            router_step,
+            GraphStep(
+                graph="graphs/experts.onnx",
+                inputs={"base": "base", "n": "x", "gates": "gates.0"},
+                outputs={"y": "y"},
+                experts=FusedExperts(layer=0, ids="ids.0"),
+            ),
+        ),
+    )
+    per_expert = 2 * d_model * hidden + hidden + d_model
+    return Blueprint(
+        kinds={KIND: expert_kind(d_model, hidden, dtype)},
+        layers=(Layer(layer=0, kind=KIND, experts=experts, top_k=top_k),),
+        graphs={
+            "graphs/router.onnx": router,
+            "graphs/combine.onnx": combine,
+            "graphs/experts.onnx": fused,
+        },
+        plan=plan,
+        active_parameters=experts * d_model + (1 + top_k) * per_expert,
+    )
+
+
+FAMILY = FamilyExporter(NAME, _resident_names, _expert_names, _build, _sample_inputs)

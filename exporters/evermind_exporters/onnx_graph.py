@@ -1,0 +1,119 @@
+"""A thin builder over `onnx.helper`: name things once, point weights at external files.
+
+Graphs are weightless. A weight is either a graph input (an expert's tensors) or an
+initializer whose data lies in another file of the package (`ExternalTensor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from evermind_manifests.manifest import DType
+
+# RMSNormalization stands in the standard from opset 23; ONNX Runtime 1.23 and later run it.
+OPSET = 23
+IR_VERSION = 11
+
+ONNX_DTYPES: dict[DType, int] = {
+    "f32": onnx.TensorProto.FLOAT,
+    "f16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+    "f64": onnx.TensorProto.DOUBLE,
+    "i64": onnx.TensorProto.INT64,
+    "i32": onnx.TensorProto.INT32,
+    "u8": onnx.TensorProto.UINT8,
+    "bool": onnx.TensorProto.BOOL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalTensor:
+    """Where a tensor's bytes lie: a file beside the graphs, an offset and a length in bytes."""
+
+    location: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+class GraphBuilder:
+    """Collects nodes, then `build` gives the serialized model.
+
+    `external` lists the tensors that `weight` may refer to.
+    """
+
+    def __init__(self, name: str, external: Mapping[str, ExternalTensor] | None = None) -> None:
+        self._name = name
+        self._external = external or {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._counter = 0
+
+    def input(self, name: str, dtype: DType, dims: Sequence[int | str]) -> str:
+        """Declare a graph input; returns its name."""
+        info = onnx.helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(dims))
+        self._inputs.append(info)
+        return name
+
+    def output(self, value: str, name: str, dtype: DType, dims: Sequence[int | str]) -> None:
+        """Declare `value` as the graph output `name`."""
+        self._nodes.append(onnx.helper.make_node("Identity", [value], [name]))
+        info = onnx.helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(dims))
+        self._outputs.append(info)
+
+    def weight(self, name: str) -> str:
+        """Use the external tensor `name`; returns its name."""
+        if name not in self._initializers:
+            spec = self._external[name]
+            tensor = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[spec.dtype])
+            tensor.dims.extend(spec.shape)
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            fields = {"location": spec.location, "offset": spec.offset, "length": spec.bytes}
+            for key, value in fields.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self._initializers[name] = tensor
+        return name
+
+    def const(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
+        """A small constant stored in the graph; equal constants are stored once."""
+        array = np.asarray(value, dtype=dtype)
+        name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
+        if name not in self._initializers:
+            self._initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
+    def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+        """Add one node; returns its output name, or a tuple of them when `outputs` > 1."""
+        self._counter += 1
+        names = [f"{op_type}_{self._counter}_{i}" for i in range(outputs)]
+        self._nodes.append(onnx.helper.make_node(op_type, list(inputs), names, **attributes))
+        return names[0] if outputs == 1 else tuple(names)
+
+    def cast(self, value: str, dtype: DType) -> str:
+        """Cast `value` to `dtype`."""
+        return str(self.op("Cast", value, to=ONNX_DTYPES[dtype]))
+
+    def build(self) -> bytes:
+        """The checked model as deterministic protobuf bytes."""
+        graph = onnx.helper.make_graph(
+            self._nodes,
+            self._name,
+            self._inputs,
+            self._outputs,
+            list(self._initializers.values()),
+        )
+        model = onnx.helper.make_model(
+            graph,
+            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="evermind-pack",
+        )
+        return bytes(model.SerializeToString(deterministic=True))

@@ -1,0 +1,159 @@
+"""What `export` reads: a training run folder, a peer's checkpoint, or a state dict.
+
+Detected by content. Tensors stay on disk until they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.errors import CheckpointError, MissingFileError
+from safetensors import SafetensorError, safe_open
+
+from .blueprint import FloatArray, Tensors
+from .checkpoints import Family, canonical_shapes, read_checkpoint, validate_config
+from .families import FAMILIES
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
+_MAX_JSON_BYTES = 64 * 1024 * 1024
+_FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model to package: `tensors` maps the family's names to float32 arrays.
+
+    `tokenizer` is the content of a tokenizer.json, or `"bytes"` for the byte vocabulary.
+    """
+
+    family: Family
+    config: dict[str, Any]
+    tensors: Tensors
+    name: str
+    tokenizer: bytes | Literal["bytes"] | None = None
+    training_summary: str | None = None
+
+
+def read_source(path: Path) -> ModelSource:
+    """Open a model for export.
+
+    `path` is a folder with `config.json` and `model.safetensors`, a `.safetensors` file
+    beside its `config.json`, or a peer's `MoE0`, `EVL0` or `LMBC` file. Raises
+    `CheckpointError` for anything that is not one of these, or is damaged.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file or folder")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if len(head) > 8 and head[8:9] == b"{":
+        return _read_state_dict(path, path.parent)
+    checkpoint = read_checkpoint(path.read_bytes(), str(path))
+    return ModelSource(
+        checkpoint.family, checkpoint.config, checkpoint.tensors, path.name.split(".")[0]
+    )
+
+
+def _read_folder(folder: Path) -> ModelSource:
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise MissingFileError(
+            f"{folder}: no {WEIGHTS_NAME} in this folder",
+            hint="Export takes a finished training run, a peer's checkpoint file, or a "
+            f"{WEIGHTS_NAME} with its {CONFIG_NAME}.",
+        )
+    return _read_state_dict(weights, folder)
+
+
+def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
+    where = folder / CONFIG_NAME
+    raw = _read_json(where)
+    family = raw.pop("family", None)
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found {family!r}"
+        )
+    vocabulary = raw.pop("vocabulary", None)
+    summary = raw.pop("trainingSummary", None)
+    config = validate_config(family, raw)
+    tensors = SafetensorsFile(weights)
+    tensors.check(canonical_shapes(family, config))
+    tokenizer: bytes | Literal["bytes"] | None = None
+    if (folder / TOKENIZER_NAME).is_file():
+        tokenizer = (folder / TOKENIZER_NAME).read_bytes()
+    elif vocabulary == "bytes":
+        tokenizer = "bytes"
+    return ModelSource(family, config, tensors, folder.resolve().name, tokenizer, summary)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingFileError(f"{path}: the model's configuration is not there")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than the {_MAX_JSON_BYTES:,} bytes it may have")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class SafetensorsFile(Mapping[str, FloatArray]):
+    """A `.safetensors` file's tensors as float32 arrays, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            # The library is not typed.
+            self._file = cast(Any, safe_open(path, framework="numpy"))
+            self._names = {_canonical_name(name): name for name in self._file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+
+    def __getitem__(self, name: str) -> FloatArray:
+        array: npt.NDArray[Any] = self._file.get_tensor(self._names[name])
+        return array.astype(np.float32, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `CheckpointError` unless the file holds exactly these tensors, as floats."""
+        problems = [f"{name}: missing" for name in shapes if name not in self._names]
+        problems += [f"{name}: not part of the model" for name in self._names if name not in shapes]
+        for name in self._names.keys() & shapes.keys():
+            info = self._file.get_slice(self._names[name])
+            if tuple(info.get_shape()) != shapes[name]:
+                found = tuple(info.get_shape())
+                problems.append(f"{name}: shape: expected {shapes[name]}, found {found}")
+            elif info.get_dtype() not in _FLOAT_DTYPES:
+                problems.append(f"{name}: dtype: expected a float, found {info.get_dtype()}")
+        if problems:
+            more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+            listed = "\n  ".join(sorted(problems)[:5])
+            raise CheckpointError(f"{self._path}: does not match {CONFIG_NAME}:\n  {listed}{more}")
+
+
+def _canonical_name(name: str) -> str:
+    """The peer calls a lone layer's tensors `wr` and `expert{e}.w1`."""
+    if name == "wr":
+        return "router.weight"
+    head, _, tail = name.partition(".")
+    if head.startswith("expert") and head[6:].isdigit():
+        return f"experts.{head[6:]}.{tail}"
+    return name

@@ -1,0 +1,105 @@
+"""Inputs from a caller, checked against the plan before anything runs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import Plan, ValueSpec
+
+from .devices import numpy_dtype
+from .state import Array
+
+
+def check_inputs(
+    plan: Plan, arrays: Mapping[str, npt.ArrayLike]
+) -> tuple[dict[str, Array], int | None]:
+    """The plan's inputs as arrays of its dtypes, and the batch size if they have a batch axis.
+
+    Every input may have one more leading axis than the plan says (then all must). An input
+    with a default may be left out. Raises `InputError` naming the input, what was expected
+    and what was found.
+    """
+    unknown = sorted(arrays.keys() - plan.inputs.keys())
+    missing = [
+        name for name, spec in plan.inputs.items() if name not in arrays and spec.default is None
+    ]
+    if unknown or missing:
+        raise InputError(
+            f"inputs: expected {_signature(plan)}, found {', '.join(sorted(arrays)) or 'none'}"
+        )
+    given = {name: _typed(name, plan.inputs[name], arrays[name]) for name in arrays}
+    extra = {array.ndim - len(plan.inputs[name].shape) for name, array in given.items()}
+    if extra not in ({0}, {1}):
+        raise InputError(
+            f"inputs: expected {_signature(plan)}, with or without one batch axis before all, "
+            f"found {', '.join(f'{name} {array.shape}' for name, array in given.items())}"
+        )
+    batched = extra == {1}
+    sizes: dict[str, int] = {}
+    for name, array in given.items():
+        shape = (("batch",) if batched else ()) + plan.inputs[name].shape
+        for expected, found in zip(shape, array.shape, strict=True):
+            size = sizes.setdefault(expected, found) if isinstance(expected, str) else expected
+            if size != found or found == 0:
+                raise InputError(
+                    f"input {name!r}: expected shape {_dims(shape, sizes)}, found {array.shape}"
+                )
+        _check_limit(name, plan.inputs[name], array)
+    for name, spec in plan.inputs.items():
+        if name not in given:
+            shape = (("batch",) if batched else ()) + spec.shape
+            filled = [sizes[dim] if isinstance(dim, str) else dim for dim in shape]
+            given[name] = np.full(filled, spec.default, dtype=numpy_dtype(spec.dtype))
+    return given, sizes.get("batch")
+
+
+def tokens_in(plan: Plan, inputs: Mapping[str, Array]) -> int:
+    """T: the length of the axis the plan calls by that name."""
+    for name, spec in plan.inputs.items():
+        if "T" in spec.shape:
+            return int(inputs[name].shape[spec.shape.index("T")])
+    return 1
+
+
+def slice_tokens(plan: Plan, inputs: Mapping[str, Array], begin: int, end: int) -> dict[str, Array]:
+    """The inputs for tokens `begin` to `end` (exclusive)."""
+    return {
+        name: inputs[name][
+            tuple(slice(begin, end) if dim == "T" else slice(None) for dim in spec.shape)
+        ]
+        for name, spec in plan.inputs.items()
+    }
+
+
+def _typed(name: str, spec: ValueSpec, value: npt.ArrayLike) -> Array:
+    array = np.asarray(value)
+    dtype = np.dtype(numpy_dtype(spec.dtype))
+    # Floats may change precision and integers width; a float is never taken for an id.
+    if not np.can_cast(array.dtype, dtype, casting="same_kind"):
+        raise InputError(f"input {name!r}: expected {dtype}, found {array.dtype}")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _check_limit(name: str, spec: ValueSpec, array: Array) -> None:
+    if spec.limit is None:
+        return
+    bad = np.flatnonzero((array < 0) | (array >= spec.limit))
+    if len(bad):
+        raise InputError(
+            f"input {name!r}: expected values from 0 to {spec.limit - 1}, "
+            f"found {array.ravel()[bad[0]]} at position {bad[0]}"
+        )
+
+
+def _signature(plan: Plan) -> str:
+    return ", ".join(
+        f"{name} {spec.dtype} {_dims(spec.shape, {})}" for name, spec in plan.inputs.items()
+    )
+
+
+def _dims(shape: tuple[Any, ...], sizes: Mapping[str, int]) -> str:
+    return "(" + ", ".join(str(sizes.get(dim, dim)) for dim in shape) + ")"

@@ -1,0 +1,82 @@
+"""Memory budgets: what a user writes, what a package needs, and what to expect of it. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from evermind_manifests.errors import BudgetError
+from evermind_manifests.manifest import Manifest
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*")
+
+
+def parse_budget(text: str | int, manifest: Manifest) -> int:
+    """Bytes for `"64MiB"`, `"1.5GB"`, `"25%"` of all expert bytes, or a plain number.
+
+    Raises `BudgetError` for anything else.
+    """
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text)
+    number, unit = (match[1], match[2].lower()) if match else ("0", "?")
+    if unit == "%":
+        return int(float(number) / 100 * total_expert_bytes(manifest))
+    if unit not in _UNITS:
+        raise BudgetError(
+            f"budget: expected bytes, a size like '256MiB' or '2GB', or a share like '25%', "
+            f"found {text!r}"
+        )
+    return int(float(number) * _UNITS[unit])
+
+
+def total_expert_bytes(manifest: Manifest) -> int:
+    """What all experts take when every one is resident."""
+    return sum(layer.experts * manifest.kinds[layer.kind].bytes for layer in manifest.layers)
+
+
+def working_set_bytes(manifest: Manifest) -> int:
+    """The least budget that works: the experts one token needs in one layer."""
+    return max(
+        (layer.top_k * manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0
+    )
+
+
+def token_cycle_bytes(manifest: Manifest) -> int:
+    """The experts one token passes through, over all layers."""
+    return sum(layer.top_k * manifest.kinds[layer.kind].bytes for layer in manifest.layers)
+
+
+def check_budget(budget: int, manifest: Manifest) -> None:
+    """Raise `BudgetError`, with the number that would do, if not even one step fits."""
+    needed = working_set_bytes(manifest)
+    if budget < needed:
+        raise BudgetError(
+            f"budget: {budget:,} bytes cannot hold the experts of one step, "
+            f"which take {needed:,} bytes",
+            hint=f"Give at least {needed} bytes; {token_cycle_bytes(manifest)} hold all the "
+            f"experts one token passes through.",
+        )
+
+
+def thrash_warning(budget: int, manifest: Manifest) -> str | None:
+    """A sentence for a budget under one token's cycle, where recency keeps nothing; else `None`."""
+    cycle = token_cycle_bytes(manifest)
+    if not working_set_bytes(manifest) <= budget < cycle:
+        return None
+    return (
+        f"the budget of {budget:,} bytes is below the {cycle:,} bytes of experts that one token "
+        f"passes through: each is evicted before its layer comes round again, so expect a hit "
+        f"rate near 0 % and every expert to be read for every token"
+    )

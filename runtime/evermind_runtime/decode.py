@@ -1,0 +1,135 @@
+"""One token at a time: every buffer bound once, only the k experts rebound at each step.
+
+The bindings belong to a `State` (one IOBinding may not run twice at once) and come in two
+sets, since a step reads one side of the state's buffers and writes the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from evermind_manifests.manifest import GraphStep
+
+from .devices import Slot, host_value, numpy_dtype
+from .program import Engine
+from .state import Array, State
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_ONNX_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+    "tensor(float16)": np.float16,
+}
+
+
+@dataclass(slots=True)
+class _BoundStep:
+    session: Any
+    binding: ort.IOBinding
+    # For fused experts: their layer, the router's choice (a bound buffer), the inputs' names
+    # by position, and what they are bound to now.
+    layer: int
+    ids: Array | None
+    names: list[tuple[str, ...]]
+    bound: list[Slot | None]
+
+
+class BoundDecode:
+    """A decode program made of graph steps only, bound to one state's buffers."""
+
+    def __init__(self, engine: Engine, state: State) -> None:
+        plan = engine.manifest.plan
+        self._engine = engine
+        self._state = state
+        self._values: dict[str, Array] = {
+            name: np.zeros(
+                [1 if isinstance(dim, str) else dim for dim in spec.shape],
+                dtype=numpy_dtype(spec.dtype),
+            )
+            for name, spec in plan.inputs.items()
+        }
+        steps = [step for step in plan.decode if isinstance(step, GraphStep)]
+        for step in steps:
+            self._allocate(step)
+        self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
+        self.outputs = {
+            name: self._values[spec.value or name] for name, spec in plan.outputs.items()
+        }
+
+    @staticmethod
+    def supports(engine: Engine) -> bool:
+        """Whether every step of the decode program is a graph."""
+        return all(isinstance(step, GraphStep) for step in engine.manifest.plan.decode)
+
+    def step(self, inputs: Mapping[str, Array]) -> None:
+        """Run the program on one token (arrays as in the plan, T = 1); `outputs` then hold.
+
+        If it fails, the state is as before.
+        """
+        for name, array in inputs.items():
+            self._values[name][...] = array
+        pager = self._engine.pager
+        for step in self._sides[self._state.side]:
+            if step.ids is None:
+                step.session.run_with_iobinding(step.binding)
+                continue
+            slots = pager.acquire(step.layer, step.ids[0].tolist())
+            try:
+                self._rebind(step, slots)
+                step.session.run_with_iobinding(step.binding)
+            finally:
+                pager.release(slots)
+        self._state.flip()
+
+    @staticmethod
+    def _rebind(step: _BoundStep, slots: list[Slot]) -> None:
+        for position, slot in enumerate(slots):
+            if step.bound[position] is slot:
+                continue
+            for name, value in zip(step.names[position], slot.values, strict=True):
+                step.binding.bind_ortvalue_input(name, value)
+            step.bound[position] = slot
+
+    def _allocate(self, step: GraphStep) -> None:
+        """A buffer for every value the step produces, of the shape its graph declares."""
+        declared = {
+            output.name: output for output in self._engine.sessions.get(step.graph).get_outputs()
+        }
+        for name, value in step.outputs.items():
+            if value in self._state.current:
+                continue
+            shape = [dim if isinstance(dim, int) else 1 for dim in declared[name].shape]
+            self._values[value] = np.zeros(shape, dtype=_ONNX_TYPES[declared[name].type])
+
+    def _bind(self, step: GraphStep, side: int) -> _BoundStep:
+        engine, state = self._engine, self._state
+        session = engine.sessions.get(step.graph)
+        binding = session.io_binding()
+        read = {**self._values, **state.buffers[side]}
+        written = {**self._values, **state.buffers[1 - side]}
+        for name, value in step.inputs.items():
+            binding.bind_ortvalue_input(name, _value(read[value]))
+        for name, tensor in step.weights.items():
+            binding.bind_ortvalue_input(name, engine.weight(tensor))
+        for name, value in step.outputs.items():
+            binding.bind_ortvalue_output(name, _value(written[value]))
+        if step.experts is None:
+            return _BoundStep(session, binding, -1, None, [], [])
+        layer, ids = step.experts.layer, self._values[step.experts.ids]
+        tensors = engine.kinds[layer].tensors
+        names = [tuple(f"expert{i}.{spec.name}" for spec in tensors) for i in range(ids.shape[1])]
+        return _BoundStep(session, binding, layer, ids, names, [None] * len(names))
+
+
+def _value(array: Array) -> ort.OrtValue:
+    # "f32" stands for every dtype numpy knows; bf16 never travels on the blackboard.
+    return host_value(array, "f32")

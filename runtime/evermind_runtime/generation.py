@@ -1,0 +1,101 @@
+"""The generation loop: prompt in, tokens out, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import Generation
+
+from .sampling import Sampler
+from .state import State
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One generated token, and the text it completes (none while a character is split)."""
+
+    token: int
+    text: str
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    seed: int | None,
+    stop_tokens: Sequence[int] | None,
+    state: State | None,
+) -> Iterator[Piece]:
+    """See `Model.generate`. Arguments are checked here; the tokens come lazily."""
+    plan = model.manifest.plan
+    if "tokens" not in plan.inputs or "logits" not in plan.outputs:
+        raise InputError(
+            f"a package of family {model.manifest.family!r} does not generate text: it maps "
+            f"{', '.join(plan.inputs)} to {', '.join(plan.outputs)}",
+            hint="Use `forward` with named arrays (on the command line: run --inputs).",
+        )
+    defaults = model.manifest.generation or Generation()
+    limit = defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if limit < 0:
+        raise InputError(f"max_new_tokens: expected 0 or more, found {limit}")
+    ids = _encode(model, prompt)
+    vocabulary = plan.inputs["tokens"].limit
+    bad = next((i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)), None)
+    if bad is not None:
+        raise InputError(
+            f"prompt: expected token ids from 0 to {(vocabulary or 0) - 1}, found {bad}"
+        )
+    sampler = Sampler(defaults.temperature if temperature is None else temperature, seed)
+    stops = frozenset(defaults.stop_tokens if stop_tokens is None else stop_tokens)
+    return _loop(model, ids, limit, sampler, stops, state or model.new_state())
+
+
+def _encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if model.codec is None:
+        raise InputError(
+            "prompt: this package has no tokenizer, so it cannot take text",
+            hint="Pass token ids (on the command line: --tokens 1,2,3).",
+        )
+    return model.codec.encode(prompt)
+
+
+def _loop(
+    model: Model,
+    prompt: list[int],
+    limit: int,
+    sampler: Sampler,
+    stops: frozenset[int],
+    state: State,
+) -> Iterator[Piece]:
+    text = model.codec.stream() if model.codec else None
+    # The peer starts an empty prompt from token 0 but does not keep it as context
+    # (specs/evermind-formats.md, section 8.4).
+    forget = None if prompt else state.save()
+    pending = prompt or [0]
+    if limit and len(pending) > 1:
+        model.forward({"tokens": pending[:-1]}, state=state, outputs=[])
+    token = np.array([pending[-1]], dtype=np.int64)
+    for made in range(1, limit + 1):
+        logits = model.decode({"tokens": token}, state)["logits"]
+        token[0] = choice = sampler.pick(logits[-1])
+        if forget is not None:
+            state.restore(forget)
+            forget = None
+        last = made == limit or choice in stops
+        piece = text.push(choice) if text else ""
+        if last and text:
+            piece += text.finish()
+        yield Piece(choice, piece)
+        if last:
+            return

@@ -1,0 +1,270 @@
+"""A loaded package: what `load` returns and applications hold on to."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import Manifest
+from evermind_manifests.package import Package, open_package
+
+from . import onnx_runtime
+from .arrays import check_inputs, slice_tokens, tokens_in
+from .budget import parse_budget, thrash_warning, total_expert_bytes
+from .decode import BoundDecode
+from .devices import open_device
+from .generation import Piece, generate
+from .pager import Pager, Verify
+from .program import Engine, run_program
+from .resident import Resident
+from .sessions import Sessions
+from .state import Array, State
+from .stats import Stats
+from .tokenizer import TextCodec, open_codec
+
+Steps: TypeAlias = Literal["prefill", "decode"]
+
+# Tokens per prefill chunk: bounds the memory of intermediate values. Not tied to the budget,
+# so that a paged run multiplies the same matrices as an unpaged one.
+PREFILL_CHUNK = 512
+
+
+class PagingWarning(UserWarning):
+    """The budget works, but badly; the message says what to expect."""
+
+
+class Model:
+    """A package ready to run. Thread-safe: one pager, and a `State` for every sequence."""
+
+    def __init__(
+        self,
+        package: Package,
+        *,
+        budget: str | int | None,
+        device: str,
+        threads: int | None,
+        verify: Verify,
+    ) -> None:
+        self._package = package
+        manifest = package.manifest
+        total = total_expert_bytes(manifest)
+        self.budget = total if budget is None else min(parse_budget(budget, manifest), total)
+        self.threads = onnx_runtime.start_thread_pool(threads)
+        self._device = open_device(device)
+        self._pager = Pager(package, self._device, self.budget, verify=verify)
+        resident = Resident(package)
+        sessions = Sessions(package, resident, self._device)
+        self._engine = Engine(manifest, sessions, resident, self._pager)
+        self._binds_decode = BoundDecode.supports(self._engine)
+        self._codec: TextCodec | None = None
+        self._tokens = 0
+        self._lock = threading.Lock()
+        if warning := thrash_warning(self.budget, manifest):
+            warnings.warn(warning, PagingWarning, stacklevel=3)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The package's manifest."""
+        return self._package.manifest
+
+    @property
+    def digest(self) -> str:
+        """The package's identity: the sha256 of its manifest.json."""
+        return self._package.digest
+
+    @property
+    def device(self) -> str:
+        """Where experts are held and run."""
+        return self._device.name
+
+    def new_state(self) -> State:
+        """A fresh state for one sequence."""
+        return State(self.manifest.plan)
+
+    def forward(
+        self,
+        inputs: Mapping[str, npt.ArrayLike],
+        *,
+        state: State | Sequence[State] | None = None,
+        steps: Steps = "prefill",
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Array]:
+        """Named arrays in, named arrays out, as the plan declares them.
+
+        `inputs` may all carry one leading batch axis; every row then has a state of its own.
+        `state` (one, or one per row; fresh if not given) is read and moved on. `steps`
+        chooses the program: all tokens at once, or one by one. `outputs` limits what is
+        computed (an empty list only moves the state). Raises `InputError` for arrays or
+        states that do not fit.
+        """
+        plan = self.manifest.plan
+        arrays, batch = check_inputs(plan, inputs)
+        wanted = list(plan.outputs) if outputs is None else list(outputs)
+        unknown = [name for name in wanted if name not in plan.outputs]
+        if unknown:
+            raise InputError(
+                f"outputs: expected some of {', '.join(plan.outputs)}, found {unknown}"
+            )
+        count = 1 if batch is None else batch
+        if state is None:
+            state = [self.new_state() for _ in range(count)]
+        states = [state] if isinstance(state, State) else list(state)
+        if len(states) != count:
+            raise InputError(f"state: expected {count}, one per row, found {len(states)}")
+        if batch is None:
+            return self._forward_one(arrays, states[0], steps, wanted)
+        rows = [
+            self._forward_one(
+                {name: array[row] for name, array in arrays.items()}, states[row], steps, wanted
+            )
+            for row in range(batch)
+        ]
+        return {name: np.stack([row[name] for row in rows]) for name in wanted}
+
+    def decode(self, inputs: Mapping[str, Array], state: State) -> Mapping[str, Array]:
+        """One token through the decode program.
+
+        The result's arrays are overwritten by the state's next step: copy what must last.
+        `inputs` are trusted to fit the plan with T = 1; `forward` checks them.
+        """
+        with self._lock:
+            self._tokens += 1
+        if not self._binds_decode:
+            return self._run("decode", inputs, state, list(self.manifest.plan.outputs))
+        if state.bindings is None:
+            state.bindings = BoundDecode(self._engine, state)
+        bound: BoundDecode = state.bindings
+        bound.step(inputs)
+        return bound.outputs
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        state: State | None = None,
+    ) -> Iterator[Piece]:
+        """Continue `prompt` (text, or token ids), piece by piece as tokens are made.
+
+        Greedy unless `temperature` > 0; `seed` then chooses the stream (default 1). A stop
+        token is part of the output and ends it. What is not given comes from the package's
+        `generation` defaults. `state` continues an earlier sequence. Raises `InputError` if
+        the package has no tokenizer for text, or does not generate.
+        """
+        return generate(
+            self,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_tokens=stop_tokens,
+            state=state,
+        )
+
+    @property
+    def codec(self) -> TextCodec | None:
+        """The package's tokenizer, opened when first asked for; `None` if it has none."""
+        if self._codec is None:
+            self._codec = open_codec(self._package)
+        return self._codec
+
+    def stats(self) -> Stats:
+        """Counters since loading."""
+        counters = self._pager.counters
+        return Stats(
+            tokens=self._tokens,
+            expert_hits=counters.hits,
+            expert_misses=counters.misses,
+            evictions=counters.evictions,
+            bytes_read=counters.bytes_read,
+            read_seconds=counters.read_seconds,
+            resident_expert_bytes=counters.resident_bytes,
+            peak_resident_expert_bytes=counters.peak_resident_bytes,
+            budget_bytes=self.budget,
+        )
+
+    def close(self) -> None:
+        """Give back all memory and files. The model cannot be used afterwards."""
+        self._pager.close()
+        self._engine.sessions.close()
+        self._package.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _forward_one(
+        self, inputs: Mapping[str, Array], state: State, steps: Steps, wanted: Sequence[str]
+    ) -> dict[str, Array]:
+        plan = self.manifest.plan
+        count = tokens_in(plan, inputs)
+        chunk = 1 if steps == "decode" else self._chunk(count)
+        parts: list[dict[str, Array]] = []
+        for begin in range(0, count, chunk):
+            part = slice_tokens(plan, inputs, begin, min(begin + chunk, count))
+            if steps == "decode":
+                values = self.decode(part, state)
+                parts.append({name: values[name].copy() for name in wanted})
+            else:
+                with self._lock:
+                    self._tokens += min(chunk, count - begin)
+                parts.append(self._run("prefill", part, state, wanted))
+        return {name: np.concatenate([part[name] for part in parts], axis=0) for name in wanted}
+
+    def _chunk(self, count: int) -> int:
+        sequence = any(kind.scope == "sequence" for kind in self.manifest.kinds.values())
+        return count if sequence else PREFILL_CHUNK
+
+    def _run(
+        self, program: Steps, inputs: Mapping[str, Array], state: State, wanted: Sequence[str]
+    ) -> dict[str, Array]:
+        plan = self.manifest.plan
+        names = {name: plan.outputs[name].value or name for name in wanted}
+        steps = plan.prefill if program == "prefill" else plan.decode
+        values = run_program(self._engine, steps, inputs, state, list(names.values()))
+        return {name: values[value] for name, value in names.items()}
+
+
+def load(
+    location: str | os.PathLike[str],
+    *,
+    budget: str | int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    verify: Verify = "first",
+) -> Model:
+    """Open a package (a folder, or one `.zip` file) and make it ready to run.
+
+    `budget` is the most that experts may take in memory, in bytes, as text (`"64MiB"`) or as
+    a share of all expert bytes (`"25%"`); by default all may be resident. It is never
+    exceeded. `device` is `"cpu"`, `"cuda"` or `"cuda:N"`. `threads` sizes the process's pool
+    (default: all usable cores). `verify` says when a shard's sha256 is checked: at its
+    first read in this model, always, or never.
+
+    Raises `BudgetError` if one step's experts do not fit, `DeviceError` for a device or
+    thread count that cannot be had, `ManifestError` or `IntegrityError` for a package that
+    is not what it should be.
+    """
+    package = open_package(location)
+    try:
+        return Model(package, budget=budget, device=device, threads=threads, verify=verify)
+    except BaseException:
+        package.close()
+        raise

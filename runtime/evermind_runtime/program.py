@@ -1,0 +1,160 @@
+"""Run a program of the plan for any number of tokens: values pass over a blackboard.
+
+This executor knows graph steps and experts steps and nothing of models. `decode.py` does
+the same for one token with everything bound in advance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.manifest import ExpertsStep, GraphStep, Kind, Manifest, Step
+
+from .devices import Slot
+from .pager import Pager
+from .resident import Resident
+from .sessions import Sessions
+from .state import Array, State
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+class Engine:
+    """What every executor of one model shares."""
+
+    def __init__(
+        self, manifest: Manifest, sessions: Sessions, resident: Resident, pager: Pager
+    ) -> None:
+        self.manifest = manifest
+        self.sessions = sessions
+        self.resident = resident
+        self.pager = pager
+        self.kinds: dict[int, Kind] = {
+            layer.layer: manifest.kinds[layer.kind] for layer in manifest.layers
+        }
+        self._weights: dict[str, ort.OrtValue] = {}
+
+    def weight(self, name: str) -> ort.OrtValue:
+        """A resident tensor that a step binds as a graph input."""
+        if name not in self._weights:
+            self._weights[name] = self.resident.value(name)
+        return self._weights[name]
+
+    def bind_slots(self, binding: ort.IOBinding, layer: int, slots: Sequence[Slot]) -> None:
+        """Bind the tensors of a fused step's experts to `expert{i}.{tensor}`."""
+        for i, slot in enumerate(slots):
+            for spec, value in zip(self.kinds[layer].tensors, slot.values, strict=True):
+                binding.bind_ortvalue_input(f"expert{i}.{spec.name}", value)
+
+
+def run_program(
+    engine: Engine,
+    steps: Sequence[Step],
+    inputs: Mapping[str, Array],
+    state: State,
+    wanted: Collection[str],
+) -> dict[str, Array]:
+    """Run `steps` on `inputs`; returns the `wanted` values and moves `state` on.
+
+    Steps that neither `wanted` nor the state depends on are left out. If a step fails, the
+    state is as before.
+    """
+    board: dict[str, Array] = {**inputs, **state.current}
+    for step in needed_steps(steps, wanted, state.current):
+        if isinstance(step, GraphStep):
+            board.update(_run_graph(engine, step, board))
+        else:
+            board[step.y] = _run_experts(engine, step, board)
+    result = {name: board[name] for name in wanted}
+    state.restore({name: board[name] for name in state.current})
+    return result
+
+
+def needed_steps(
+    steps: Sequence[Step], wanted: Collection[str], state: Collection[str]
+) -> list[Step]:
+    """The steps that `wanted` values or the state depend on, in order. Pure."""
+    needed = {*wanted, *state}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if isinstance(step, ExpertsStep):
+            if step.y in needed:
+                kept.append(step)
+                needed |= {step.x, step.ids, step.gates}
+        elif needed.intersection(step.outputs.values()):
+            kept.append(step)
+            needed.update(step.inputs.values())
+            if step.experts:
+                needed.add(step.experts.ids)
+    return kept[::-1]
+
+
+def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> dict[str, Array]:
+    session = engine.sessions.get(step.graph)
+    binding = session.io_binding()
+    for name, value in step.inputs.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(board[value]))
+    for name, tensor in step.weights.items():
+        binding.bind_ortvalue_input(name, engine.weight(tensor))
+    for name in step.outputs:
+        binding.bind_output(name, "cpu")
+    if step.experts is None:
+        session.run_with_iobinding(binding)
+    else:
+        layer = step.experts.layer
+        slots = engine.pager.acquire(layer, board[step.experts.ids][0].tolist())
+        try:
+            engine.bind_slots(binding, layer, slots)
+            session.run_with_iobinding(binding)
+        finally:
+            engine.pager.release(slots)
+    return dict(zip(step.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
+
+
+def _run_experts(engine: Engine, step: ExpertsStep, board: Mapping[str, Array]) -> Array:
+    """Expert by expert, in ascending order: each is read once and run once, on its tokens.
+
+    The order never depends on what happens to be resident, so a paged run adds up the same
+    numbers in the same order as an unpaged one.
+    """
+    x, ids, gates = board[step.x], board[step.ids], board[step.gates]
+    kind = engine.kinds[step.layer]
+    session = engine.sessions.get(kind.graph)
+    top_k = ids.shape[1]
+    flat = ids.ravel()
+    order = np.argsort(flat, kind="stable")
+    experts, starts = np.unique(flat[order], return_index=True)
+    y: npt.NDArray[np.float32] | None = None
+    for expert, chosen in zip(experts.tolist(), np.split(order, starts[1:]), strict=True):
+        rows = chosen // top_k
+        gate = gates.ravel()[chosen]
+        if kind.scope == "sequence":
+            # The expert sees every token; those not routed to it get a gate of zero.
+            masked = np.zeros(len(x), dtype=np.float32)
+            masked[rows] = gate
+            rows, gate = np.arange(len(x)), masked
+        output = _run_expert(engine, session, step.layer, expert, x[rows])
+        if y is None:
+            y = np.zeros((len(x), output.shape[1]), dtype=np.float32)
+        y[rows] += gate[:, None] * output
+    assert y is not None, "a program runs on at least one token"
+    return y
+
+
+def _run_expert(engine: Engine, session: Any, layer: int, expert: int, x: Array) -> Array:
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", np.ascontiguousarray(x))
+    binding.bind_output("y", "cpu")
+    slots = engine.pager.acquire(layer, [expert])
+    try:
+        for spec, value in zip(engine.kinds[layer].tensors, slots[0].values, strict=True):
+            binding.bind_ortvalue_input(spec.name, value)
+        session.run_with_iobinding(binding)
+    finally:
+        engine.pager.release(slots)
+    output: Array = binding.copy_outputs_to_cpu()[0]
+    return output

@@ -1,0 +1,70 @@
+"""ONNX Runtime sessions for a package's graphs: checked first, made once, shared by all steps."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.graph import check_graph, inspect_graph
+from evermind_manifests.package import Package
+
+from . import onnx_runtime
+from .devices import Device
+from .resident import Resident
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+class Sessions:
+    """One session per graph file, created when first asked for. Thread-safe."""
+
+    def __init__(self, package: Package, resident: Resident, device: Device) -> None:
+        self._package = package
+        self._resident = resident
+        self._device = device
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._lock = threading.Lock()
+
+    def get(self, path: str) -> ort.InferenceSession:
+        """The session of the graph at `path` in the package.
+
+        Raises `DigestError` if the file is not what the manifest says, `ManifestError` if the
+        graph reaches for anything outside the package, `UnsupportedError` if ONNX Runtime
+        cannot run it.
+        """
+        with self._lock:
+            if path not in self._sessions:
+                self._sessions[path] = self._create(path)
+            return self._sessions[path]
+
+    def close(self) -> None:
+        """Drop all sessions."""
+        with self._lock:
+            self._sessions.clear()
+
+    def _create(self, path: str) -> ort.InferenceSession:
+        model = self._package.read_file(path)
+        resident = self._resident
+        external = {resident.location: resident.buffer.nbytes} if resident.path else {}
+        check_graph(inspect_graph(model, path), path, external=external)
+        ort = onnx_runtime.require()
+        options: Any = ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        # Weights are used where they lie: no second copy in memory, none repacked.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        if resident.path:
+            options.add_session_config_entry(
+                "session.use_external_initializer_file_buffers_directly", "1"
+            )
+            options.add_external_initializers_from_files_in_memory(
+                [resident.location], [resident.buffer], [resident.buffer.nbytes]
+            )
+        try:
+            return ort.InferenceSession(model, options, providers=self._device.providers)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{path}: ONNX Runtime {ort.__version__} cannot run this graph: {error}"
+            ) from error
