@@ -81,7 +81,7 @@ def _typed(name: str, spec: ValueSpec, value: npt.ArrayLike) -> Array:
     # Floats may change precision and integers width; a float is never taken for an id.
     if not np.can_cast(array.dtype, dtype, casting="same_kind"):
         raise InputError(f"input {name!r}: expected {dtype}, found {array.dtype}")
-    return np.ascontiguousarray(array, dtype=dtype)
+    return np.asarray(array, dtype=dtype, order="C")
 
 
 def _check_limit(name: str, spec: ValueSpec, array: Array) -> None:
