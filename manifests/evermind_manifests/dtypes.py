@@ -29,6 +29,8 @@ ITEMSIZE: Final[dict[DType, int]] = {
     "bool": 1,
 }
 
+Stored: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
+
 # What an array of each dtype looks like in memory and, being little-endian, on disk.
 STORAGE: Final[dict[DType, np.dtype[Any]]] = {
     "f32": np.dtype("<f4"),
@@ -55,21 +57,19 @@ def tensor_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
     return ITEMSIZE[dtype] * math.prod(shape)
 
 
-def decode(
-    buffer: bytes | bytearray | memoryview, dtype: DType, shape: tuple[int, ...]
-) -> npt.NDArray[Any]:
+def decode(buffer: Stored, dtype: DType, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """Stored bytes as an array of `shape`: float32 for f16, bf16 and f32, else the dtype itself.
 
     Where no conversion is needed the result is a view of `buffer`. Raises `ShardError` when
     the buffer's length is not that of the tensor.
     """
-    found = memoryview(buffer).nbytes
+    raw = np.frombuffer(buffer, np.uint8)
     expected = tensor_bytes(dtype, shape)
-    if found != expected:
+    if raw.size != expected:
         raise ShardError(
-            f"{dtype} tensor {list(shape)}: expected {expected:,} bytes, found {found:,}"
+            f"{dtype} tensor {list(shape)}: expected {expected:,} bytes, found {raw.size:,}"
         )
-    stored = np.frombuffer(buffer, STORAGE[dtype]).reshape(shape)
+    stored = raw.view(STORAGE[dtype]).reshape(shape)
     if dtype == "bf16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "f16":
@@ -99,7 +99,7 @@ def encode(
     return stored
 
 
-def count_nonfinite(buffer: bytes | bytearray | memoryview, dtype: DType) -> int:
+def count_nonfinite(buffer: Stored, dtype: DType) -> int:
     """How many stored values are infinite or NaN; 0 for dtypes that hold no floats."""
     if dtype not in _EXPONENT:
         return 0
@@ -137,7 +137,7 @@ def _to_bf16(array: npt.NDArray[np.float32], rounding: Rounding) -> npt.NDArray[
 def _refuse_overflow(
     array: npt.NDArray[np.float32], stored: npt.NDArray[Any], dtype: DType
 ) -> None:
-    if count_nonfinite(np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data, dtype) == 0:
+    if count_nonfinite(np.ascontiguousarray(stored), dtype) == 0:
         return
     pattern, mask = _EXPONENT[dtype]
     overflowed = np.isfinite(array) & ((stored.view(pattern) & mask) == mask)

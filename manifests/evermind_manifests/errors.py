@@ -36,6 +36,10 @@ class PathError(ManifestError):
     """A path in a package is absolute, climbs out, or is not portable."""
 
 
+class GraphError(ManifestError):
+    """An ONNX file is malformed, or uses something that packages may not."""
+
+
 class ShardError(EvermindPackError, ValueError):
     """A shard's header or layout is malformed or differs from what the manifest says."""
 

@@ -66,7 +66,7 @@ def header_bytes(prefix: bytes | memoryview, size: int, where: str) -> int:
 
 
 def read_header(
-    data: bytes | memoryview, size: int | None = None, where: str = "safetensors"
+    data: bytes | memoryview, where: str = "safetensors", *, size: int | None = None
 ) -> dict[str, TensorRange]:
     """The tensors of a safetensors file of `size` bytes (default: of `data`'s length).
 

@@ -274,9 +274,10 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             yield problem(
                 "plan-experts", f"plan.{program}", f"layer {layer} runs {executed[layer]} times"
             )
-    for what, names in (("outputs", plan.outputs), ("state", plan.state)):
-        for name in names:
-            if name not in produced:
+    outputs = {name: spec.value or name for name, spec in plan.outputs.items()}
+    for what, values in (("outputs", outputs), ("state", {name: name for name in plan.state})):
+        for name, value in values.items():
+            if value not in produced:
                 yield problem(
                     "plan-output", f"plan.{what}[{name!r}]", f"{program} never produces it"
                 )

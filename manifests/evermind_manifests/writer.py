@@ -101,6 +101,7 @@ class PackageWriter:
         manifest = msgspec.structs.replace(manifest, files=dict(self._files), shards=shards)
         if CARD_NAME not in self._files:
             self._write(CARD_NAME, render_card(manifest).encode())
+            manifest = msgspec.structs.replace(manifest, files=dict(self._files))
         data = encode_manifest(manifest)
         # Structs do not check what they are made of; a reader does.
         parsed = parse_manifest(data)

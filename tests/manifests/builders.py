@@ -284,7 +284,7 @@ def _router_graph() -> bytes:
 
 def _head_graph() -> bytes:
     data = tiny_resident()
-    _, _, begin, end = read_header(data, len(data), "resident")["scale"]
+    _, _, begin, end = read_header(data)["scale"]
     last = helper.make_tensor("last", TensorProto.INT64, [], [-1])
     return _model(
         ["h", "state"],

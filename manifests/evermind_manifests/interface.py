@@ -1,0 +1,230 @@
+"""Do the graphs fit the plan? Names, dtypes and known dimensions of everything bound.
+
+Pure: takes what `graph.inspect_graph` and `safetensors_header.read_header` found.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+
+from .graph import GraphDims, GraphInfo, GraphValue
+from .manifest import (
+    EXTERNAL_EXPERT_LOCATION,
+    ExpertsStep,
+    GraphStep,
+    Kind,
+    Layer,
+    Manifest,
+    Plan,
+    Step,
+)
+from .problems import Problem, problem
+from .safetensors_header import TensorRange
+from .structure import programs
+
+
+def external_locations(manifest: Manifest, path: str) -> dict[str, int]:
+    """Which locations the external data of the graph `path` may name, with their sizes.
+
+    A kind's `graph_external` reads `expert.bin`, any other graph the resident file, by its
+    path relative to the graph.
+    """
+    for kind in manifest.kinds.values():
+        if kind.graph_external == path:
+            return {EXTERNAL_EXPERT_LOCATION: kind.bytes}
+    if manifest.resident is None or manifest.resident not in manifest.files:
+        return {}
+    location = posixpath.relpath(manifest.resident, posixpath.dirname(path) or ".")
+    return {location: manifest.files[manifest.resident].bytes}
+
+
+def interface_problems(
+    manifest: Manifest, graphs: Mapping[str, GraphInfo], resident: Mapping[str, TensorRange] | None
+) -> list[Problem]:
+    """Every place where graphs, plan, kinds and resident tensors do not fit together.
+
+    `graphs` has the graphs that could be read; `resident` is None if its header could not.
+    """
+    problems: list[Problem] = []
+    for name, kind in manifest.kinds.items():
+        problems += _check_kind(f"kinds[{name!r}]", kind, graphs)
+    external = {kind.graph_external for kind in manifest.kinds.values()}
+    if resident is not None:
+        ranges = [(tensor.dtype, tensor.begin, tensor.end) for tensor in resident.values()]
+        for path, info in graphs.items():
+            if path not in external:
+                problems += _check_ranges(path, info, ranges)
+    for program, steps in programs(manifest.plan):
+        problems += _Program(manifest, graphs, resident, f"plan.{program}").check(steps)
+    return problems
+
+
+def _check_kind(place: str, kind: Kind, graphs: Mapping[str, GraphInfo]) -> Iterator[Problem]:
+    info = graphs.get(kind.graph)
+    if info is not None:
+        tensors: dict[str, GraphValue] = {
+            spec.name: GraphValue(spec.name, spec.dtype, spec.shape) for spec in kind.tensors
+        }
+        where = f"{place}.graph ({kind.graph})"
+        yield from _check_bound(where, info, {"x", *tensors}, {"y"})
+        for name, tensor in tensors.items():
+            yield from _check_match(where, name, tensor, info.inputs.get(name))
+    info = graphs.get(kind.graph_external or "")
+    if info is not None and kind.graph_external is not None:
+        where = f"{place}.graph_external ({kind.graph_external})"
+        yield from _check_bound(where, info, {"x"}, {"y"})
+        ranges = [(spec.dtype, spec.offset, spec.offset + spec.bytes) for spec in kind.tensors]
+        yield from _check_ranges(kind.graph_external, info, ranges)
+
+
+def _check_ranges(
+    path: str, info: GraphInfo, ranges: Sequence[tuple[str, int, int]]
+) -> Iterator[Problem]:
+    """Each external initializer lies inside one tensor of its dtype (a tile is a part of it)."""
+    for tensor in info.external:
+        end = tensor.offset + tensor.length
+        if not any(
+            dtype == tensor.dtype and begin <= tensor.offset and end <= stop
+            for dtype, begin, stop in ranges
+        ):
+            yield problem(
+                "graph-external",
+                f"{path}: tensor {tensor.name!r}",
+                f"{tensor.location}, bytes {tensor.offset} to {end}: not inside one {tensor.dtype}"
+                " tensor",
+            )
+
+
+def _check_bound(
+    place: str, info: GraphInfo, inputs: set[str], outputs: set[str]
+) -> Iterator[Problem]:
+    """The graph's inputs are exactly those bound, its outputs at least those read."""
+    for name in sorted(inputs - info.inputs.keys()):
+        yield problem("graph-interface", place, f"the graph has no input {name!r}")
+    for name in sorted(info.inputs.keys() - inputs):
+        yield problem("graph-interface", place, f"nothing is bound to the graph's input {name!r}")
+    for name in sorted(outputs - info.outputs.keys()):
+        yield problem("graph-interface", place, f"the graph has no output {name!r}")
+
+
+def _check_match(
+    place: str, name: str, expected: GraphValue | None, found: GraphValue | None
+) -> Iterator[Problem]:
+    """The dtypes are equal, and the dimensions wherever both are numbers."""
+    if expected is None or found is None:
+        return
+    if expected.dtype != found.dtype or not _fits(expected.dims, found.dims):
+        yield problem(
+            "graph-interface",
+            place,
+            f"{name!r}: expected {_describe(expected)}, found {_describe(found)}",
+        )
+
+
+def _fits(one: GraphDims | None, other: GraphDims | None) -> bool:
+    if one is None or other is None:
+        return True
+    return len(one) == len(other) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _describe(value: GraphValue) -> str:
+    dims = "any shape" if value.dims is None else f"[{', '.join(map(str, value.dims))}]"
+    return f"{value.dtype} {dims}"
+
+
+class _Program:
+    """Walks one program with the type of every value on the blackboard."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        graphs: Mapping[str, GraphInfo],
+        resident: Mapping[str, TensorRange] | None,
+        place: str,
+    ) -> None:
+        self._kinds = manifest.kinds
+        self._layers: dict[int, Layer] = {entry.layer: entry for entry in manifest.layers}
+        self._graphs = graphs
+        self._resident = resident
+        self._plan: Plan = manifest.plan
+        self._place = place
+        plan = manifest.plan
+        self._board: dict[str, GraphValue] = {
+            name: GraphValue(name, spec.dtype, spec.shape) for name, spec in plan.inputs.items()
+        }
+        self._board |= {
+            name: GraphValue(name, spec.dtype, spec.shape) for name, spec in plan.state.items()
+        }
+
+    def check(self, steps: Sequence[Step]) -> Iterator[Problem]:
+        for number, step in enumerate(steps):
+            place = f"{self._place}[{number}]"
+            if isinstance(step, ExpertsStep):
+                yield from self._check_experts(place, step)
+            elif step.graph in self._graphs:
+                yield from self._check_graph(
+                    f"{place} ({step.graph})", step, self._graphs[step.graph]
+                )
+        for name, spec in self._plan.outputs.items():
+            expected = GraphValue(name, spec.dtype, spec.shape)
+            found = self._board.get(spec.value or name)
+            yield from _check_match(f"{self._place}: output", name, expected, found)
+
+    def _check_experts(self, place: str, step: ExpertsStep) -> Iterator[Problem]:
+        layer = self._layers.get(step.layer)
+        top_k = layer.top_k if layer is not None else None
+        kind = self._kinds.get(layer.kind) if layer is not None else None
+        info = self._graphs.get(kind.graph) if kind is not None else None
+        for name, dtype in ((step.ids, "i64"), (step.gates, "f32")):
+            expected = GraphValue(name, dtype, (None, top_k))
+            yield from _check_match(place, name, expected, self._board.get(name))
+        if info is not None:
+            yield from _check_match(place, step.x, info.inputs.get("x"), self._board.get(step.x))
+            if "y" in info.outputs:
+                self._board[step.y] = info.outputs["y"]
+
+    def _check_graph(self, place: str, step: GraphStep, info: GraphInfo) -> Iterator[Problem]:
+        experts = dict(self._expert_inputs(step))
+        bound = {*step.inputs, *step.weights, *experts}
+        yield from _check_bound(place, info, bound, set(step.outputs))
+        for name, value in step.inputs.items():
+            yield from _check_match(place, name, info.inputs.get(name), self._board.get(value))
+        for name, tensor in experts.items():
+            yield from _check_match(place, name, tensor, info.inputs.get(name))
+        for name, resident in step.weights.items():
+            yield from self._check_weight(place, resident, info.inputs.get(name))
+        if step.experts is not None:
+            expected = GraphValue(step.experts.ids, "i64", None)
+            ids = self._board.get(step.experts.ids)
+            yield from _check_match(place, step.experts.ids, expected, ids)
+        for name, value in step.outputs.items():
+            found = info.outputs.get(name)
+            state = self._plan.state.get(value)
+            if state is not None:
+                expected = GraphValue(value, state.dtype, state.shape)
+                yield from _check_match(place, f"{name} -> {value}", expected, found)
+            elif found is not None:
+                self._board[value] = found
+
+    def _check_weight(self, place: str, name: str, bound: GraphValue | None) -> Iterator[Problem]:
+        if self._resident is None:
+            return
+        tensor = self._resident.get(name)
+        if tensor is None:
+            yield problem("graph-interface", place, f"there is no resident tensor {name!r}")
+            return
+        yield from _check_match(place, name, GraphValue(name, tensor.dtype, tensor.shape), bound)
+
+    def _expert_inputs(self, step: GraphStep) -> Iterator[tuple[str, GraphValue]]:
+        layer = self._layers.get(step.experts.layer) if step.experts is not None else None
+        kind = self._kinds.get(layer.kind) if layer is not None else None
+        if layer is None or kind is None:
+            return
+        for i in range(layer.top_k):
+            for spec in kind.tensors:
+                name = f"expert{i}.{spec.name}"
+                yield name, GraphValue(name, spec.dtype, spec.shape)
