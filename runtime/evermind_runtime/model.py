@@ -56,7 +56,7 @@ class Model:
         manifest = package.manifest
         total = total_expert_bytes(manifest)
         self.budget = total if budget is None else min(parse_budget(budget, manifest), total)
-        self.threads = onnx_runtime.start_thread_pool(threads)
+        self.threads = onnx_runtime.start(threads)
         self._device = open_device(device)
         self._pager = Pager(package, self._device, self.budget, verify=verify)
         resident = Resident(package)

@@ -1,7 +1,8 @@
 """ONNX Runtime, imported when first needed: two builds exist and the user chooses one.
 
-Also its one global thread pool. Sessions with spinning pools of their own fight over the
-cores (measured: 5 to 13 times slower with ten sessions), so every session shares this one.
+Also what all sessions of a process share. One thread pool: sessions with spinning pools of
+their own fight over the cores (measured: 5 to 13 times slower with ten sessions). One memory
+arena: with an arena each, eleven sessions held 28 MB more after the same work.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import threading
 from typing import Any
 
 from evermind_manifests.errors import DeviceError, MissingExtraError
+
+_ERRORS_ONLY = 3
+_SAME_AS_REQUESTED = 1
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
@@ -32,8 +36,8 @@ def require() -> Any:
     return onnxruntime
 
 
-def start_thread_pool(threads: int | None = None) -> int:
-    """Start the process's pool (once) and return its size; default: the usable cores.
+def start(threads: int | None = None) -> int:
+    """Set up what sessions share (once); returns the pool's size, by default the usable cores.
 
     Raises `DeviceError` when it already runs with another size.
     """
@@ -42,10 +46,10 @@ def start_thread_pool(threads: int | None = None) -> int:
         if _pool_threads is None:
             size = threads or len(os.sched_getaffinity(0))
             try:
-                require().set_global_thread_pool_sizes(size, 1)
+                _share(size)
             except Exception as error:
                 raise DeviceError(
-                    f"ONNX Runtime's global thread pool cannot be set up: {error}",
+                    f"ONNX Runtime's shared thread pool cannot be set up: {error}",
                     hint="Load the first package before this process creates an ONNX Runtime "
                     "session of its own.",
                 ) from error
@@ -58,3 +62,23 @@ def start_thread_pool(threads: int | None = None) -> int:
                 "first load only.",
             )
         return _pool_threads
+
+
+def session_options() -> Any:
+    """Options for a session that uses the shared pool and arena; call `start` first."""
+    options = require().SessionOptions()
+    options.use_per_session_threads = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.log_severity_level = _ERRORS_ONLY
+    return options
+
+
+def _share(threads: int) -> None:
+    ort = require()
+    ort.set_global_thread_pool_sizes(threads, 1)
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    # Grow by what is asked for: doubling would overshoot a small budget.
+    config = ort.OrtArenaCfg({"arena_extend_strategy": _SAME_AS_REQUESTED})
+    ort.create_and_register_allocator(memory, config)

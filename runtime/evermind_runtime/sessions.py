@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.graph import check_graph, inspect_graph
@@ -50,9 +50,7 @@ class Sessions:
         external = {resident.location: resident.buffer.nbytes} if resident.path else {}
         check_graph(inspect_graph(model, path), path, external=external)
         ort = onnx_runtime.require()
-        options: Any = ort.SessionOptions()
-        options.use_per_session_threads = False
-        options.log_severity_level = 3
+        options = onnx_runtime.session_options()
         # Weights are used where they lie: no second copy in memory, none repacked.
         options.add_session_config_entry("session.disable_prepacking", "1")
         if resident.path:
