@@ -16,6 +16,7 @@ from evermind_exporters.checkpoints import (
     read_checkpoint,
     validate_config,
 )
+
 from evermind_pack.models import initial_tensors
 from evermind_pack.parity import parity_reference
 
@@ -52,9 +53,7 @@ def random_source(
     return ModelSource(family, resolved, tensors, "random", tokenizer)
 
 
-def export(
-    source: ModelSource, destination: Path, *, parity: bool = False, **options: Any
-) -> Path:
+def export(source: ModelSource, destination: Path, *, parity: bool = False, **options: Any) -> Path:
     reference = parity_reference(source.family) if parity else None
     export_package(source, destination, ExportOptions(**options), reference=reference)
     return destination

@@ -159,9 +159,7 @@ def test_edge_top_k(tmp_path: Path, top_k: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
 @pytest.mark.parametrize("layout", ["files", "pool"])
-def test_every_dtype_and_layout_passes_its_parity(
-    tmp_path: Path, dtype: str, layout: str
-) -> None:
+def test_every_dtype_and_layout_passes_its_parity(tmp_path: Path, dtype: str, layout: str) -> None:
     from evermind_manifests.package import open_package
     from evermind_runtime.parity import parity_failures
 
