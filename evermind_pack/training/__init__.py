@@ -1,1 +1,47 @@
-"""Trainers for the Evermind families, run folders and text corpora."""
+"""Trainers for the Evermind families, run folders that can be resumed, and text corpora.
+
+Nothing here prints: progress goes to an `on_step` callback.
+"""
+
+from __future__ import annotations
+
+from .corpus import Corpus, build_corpus, read_documents, standard_library, stream_windows
+from .language import LanguagePlan, language_plan, resume_language_model, train_language_model
+from .limbic_trainer import LimbicBatch, LimbicTrainer, LimbicTrainerOptions
+from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
+from .loop import DivergedError, TrainingResult, run_training, stop_on_interrupt
+from .moe_trainer import MoeBatch, MoeEpoch, MoeTrainer, MoeTrainerOptions
+from .optimizer import OptimizerOptions, learning_rate
+from .run_folder import RunFolder
+from .trainer import StepReport, Trainer
+
+__all__ = [
+    "Corpus",
+    "DivergedError",
+    "LanguagePlan",
+    "LimbicBatch",
+    "LimbicTrainer",
+    "LimbicTrainerOptions",
+    "LmBatch",
+    "LmTrainer",
+    "LmTrainerOptions",
+    "MoeBatch",
+    "MoeEpoch",
+    "MoeTrainer",
+    "MoeTrainerOptions",
+    "OptimizerOptions",
+    "RunFolder",
+    "StepReport",
+    "Trainer",
+    "TrainingResult",
+    "build_corpus",
+    "language_plan",
+    "learning_rate",
+    "read_documents",
+    "resume_language_model",
+    "run_training",
+    "standard_library",
+    "stop_on_interrupt",
+    "stream_windows",
+    "train_language_model",
+]

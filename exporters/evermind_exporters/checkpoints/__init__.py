@@ -12,6 +12,7 @@ from .evl0 import read_evl0, write_evl0
 from .lmbc import read_lmbc, write_lmbc
 from .moe0 import read_moe0, write_moe0
 from .params import (
+    FAMILIES,
     Family,
     canonical_shapes,
     dim_names,
@@ -21,6 +22,7 @@ from .params import (
 )
 
 __all__ = [
+    "FAMILIES",
     "Checkpoint",
     "Family",
     "canonical_shapes",

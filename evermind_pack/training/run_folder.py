@@ -1,0 +1,228 @@
+"""A training run on disk: configuration, metrics, and checkpoints that are whole or absent.
+
+    RUN/config.json            the model's configuration, its `family`, `vocabulary` if bytes
+    RUN/tokenizer.json         optional
+    RUN/model.safetensors      the newest checkpoint's weights: with config.json what `export` reads
+    RUN/metrics.jsonl          one JSON object per step
+    RUN/checkpoint-00000200/   model.safetensors, optimizer.safetensors, trainer.json
+
+A checkpoint is written in a temporary folder, synced and renamed; only then does it replace
+the one before it. Nothing here reads a clock: two equal runs leave equal files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from evermind_exporters.checkpoints import FAMILIES
+from evermind_manifests.errors import CheckpointError, InputError, MissingFileError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..models import MODELS, FamilyModel
+from .limbic_trainer import LimbicTrainer, LimbicTrainerOptions
+from .lm_trainer import LmTrainer, LmTrainerOptions
+from .moe_trainer import MoeTrainer, MoeTrainerOptions
+from .optimizer import OptimizerOptions
+from .trainer import Trainer
+
+CONFIG = "config.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+TRAINER = "trainer.json"
+METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer.json"
+
+AnyTrainer = Trainer[Any, Any, Any]
+
+_CHECKPOINT = "checkpoint-"
+_TEMPORARY = ".writing-"
+
+_TRAINERS: dict[str, tuple[type[AnyTrainer], type[OptimizerOptions]]] = {
+    "shared-expert-moe": (MoeTrainer, MoeTrainerOptions),
+    "evermind-lm": (LmTrainer, LmTrainerOptions),
+    "limbic": (LimbicTrainer, LimbicTrainerOptions),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run's folder, which exists; one process at a time may write to it."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: Path, model: FamilyModel, tokenizer: bytes | Literal["bytes"] | None = None
+    ) -> Self:
+        """Start a run; raises `InputError` when the folder exists and is not empty."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(
+                f"{path}: expected a new or empty folder",
+                hint="Choose another one, or resume the run that is there.",
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        config = {"family": model.family, **model.config}
+        if tokenizer == "bytes":
+            config["vocabulary"] = "bytes"
+        elif tokenizer is not None:
+            _write(path / TOKENIZER, tokenizer)
+        _write(path / CONFIG, _json(config))
+        _sync_folder(path)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """A run to resume; raises `MissingFileError` when it has no checkpoint."""
+        run = cls(path)
+        run.latest()
+        return run
+
+    def latest(self) -> Path:
+        """The newest checkpoint's folder."""
+        found = self._checkpoints()
+        if not found:
+            raise MissingFileError(
+                f"{self.path}: no {_CHECKPOINT}* folder",
+                hint="The run was stopped before its first checkpoint: start it again.",
+            )
+        return found[-1]
+
+    def save(self, trainer: AnyTrainer, plan: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, then drop older ones; `plan` (JSON values) is kept with it.
+
+        Models are stored in float32: raises `CheckpointError` for one in another dtype, which
+        would not resume as it was.
+        """
+        name = f"{_CHECKPOINT}{trainer.steps:08d}"
+        final = self.path / name
+        if final.exists():
+            return final
+        _require_float32(trainer.model)
+        temporary = self.path / f"{_TEMPORARY}{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        tensors = {
+            key: torch.from_numpy(value) for key, value in trainer.model.to_tensors().items()
+        }
+        save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
+        save_file(trainer.optimizer_tensors(), temporary / OPTIMIZER, metadata={"format": "pt"})
+        record = {"options": asdict(trainer.options), "plan": dict(plan), "step": trainer.steps}
+        (temporary / TRAINER).write_bytes(_json(record))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync_folder(temporary)
+        temporary.rename(final)
+        _sync_folder(self.path)
+        self._publish(final / MODEL)
+        for older in self._checkpoints()[:-1]:
+            shutil.rmtree(older)
+        return final
+
+    def plan(self) -> dict[str, Any]:
+        """What `save` was given with the newest checkpoint."""
+        where = self.latest() / TRAINER
+        plan = _read_json(where).get("plan")
+        if not isinstance(plan, dict):
+            raise CheckpointError(f"{where}: plan: expected an object, found {plan!r}")
+        return plan
+
+    def restore(self) -> AnyTrainer:
+        """The trainer as the newest checkpoint left it.
+
+        Raises `CheckpointError` when a file of it is damaged, `ConfigError` when a value is wrong.
+        """
+        folder = self.latest()
+        config = _read_json(self.path / CONFIG)
+        family = config.pop("family", None)
+        if family not in FAMILIES:
+            raise CheckpointError(f"{self.path / CONFIG}: family: found {family!r}")
+        record = _read_json(folder / TRAINER)
+        try:
+            model_tensors = load_file(folder / MODEL)
+            moments = load_file(folder / OPTIMIZER)
+            trainer_type, options_type = _TRAINERS[family]
+            options = options_type(**record["options"])
+            step = int(record["step"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: damaged checkpoint: {error}") from error
+        arrays = {name: tensor.numpy() for name, tensor in model_tensors.items()}
+        trainer = trainer_type(MODELS[family].from_tensors(config, arrays), options)
+        trainer.restore(step, moments)
+        return trainer
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one record, finite numbers only, to metrics.jsonl."""
+        with (self.path / METRICS).open("ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop records of steps after `step`, which a resumed run will make again."""
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
+        _write(path, b"".join(line + b"\n" for line in kept))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.path.glob(f"{_CHECKPOINT}*") if path.is_dir())
+
+    def _publish(self, weights: Path) -> None:
+        _write(self.path / MODEL, weights.read_bytes())
+        _sync_folder(self.path)
+
+
+def _require_float32(model: FamilyModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise CheckpointError(f"{name}: dtype: expected float32, found {parameter.dtype}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _step_of(line: bytes) -> float:
+    """A metrics record's step; a line torn by a crash counts as after every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace `path` in one step."""
+    temporary = path.with_name(_TEMPORARY + path.name)
+    temporary.write_bytes(data)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
