@@ -1,6 +1,7 @@
 """The package format of evermind-pack: manifest, shards, stores, and their validation.
 
-The names below are loaded when they are first used; the rest is in the modules.
+The names below are loaded when they are first used. The rest is in the modules, such as
+`evermind_manifests.validate.validate`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .manifest import Manifest
     from .package import Package, open_package
-    from .validate import Report, validate
     from .writer import PackageWriter
 
-__all__ = ["Manifest", "Package", "PackageWriter", "Report", "open_package", "validate"]
+__all__ = ["Manifest", "Package", "PackageWriter", "open_package"]
 
 _HOME = {
     "Manifest": "manifest",
     "Package": "package",
     "PackageWriter": "writer",
-    "Report": "validate",
     "open_package": "package",
-    "validate": "validate",
 }
 
 

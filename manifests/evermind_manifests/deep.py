@@ -17,7 +17,7 @@ from .graph import MAX_GRAPH_BYTES, GraphInfo, graph_problems, inspect_graph
 from .interface import external_locations, interface_problems
 from .manifest import Manifest, Shard
 from .package import shard_place
-from .problems import Problem, problem
+from .problems import Problem, problem, problem_of
 from .safetensors_header import PREFIX_BYTES, TensorRange, header_bytes, read_header
 from .shard import check_shard, read_shard
 from .store import Store
@@ -74,7 +74,7 @@ class _Deep:
             found = self._hash(path, entry.bytes)
         except EvermindPackError as error:
             if not isinstance(error, FileNotFoundError):
-                yield problem("unreadable", path, error.message)
+                yield problem_of("unreadable", path, error)
             return
         if found != entry.sha256:
             yield problem(
@@ -93,7 +93,7 @@ class _Deep:
             self._store.read_into(shard.file, shard.offset, memoryview(data))
         except EvermindPackError as error:
             if not isinstance(error, FileNotFoundError):
-                yield problem("shard-content", place, error.message)
+                yield problem_of("shard-content", place, error)
             return
         found = hashlib.sha256(data).hexdigest()
         if found != shard.sha256:
@@ -107,7 +107,7 @@ class _Deep:
             if kind is not None:
                 check_shard(contents, kind, shard, place, kind_name=kind_name)
         except (ShardError, TruncatedError) as error:
-            yield problem("shard-content", place, error.message)
+            yield problem_of("shard-content", place, error)
             return
         for spec in contents.header.tensors:
             count = count_nonfinite(contents.views[spec.name], spec.dtype)
@@ -118,7 +118,7 @@ class _Deep:
         try:
             info = inspect_graph(self._store.read(path, limit=MAX_GRAPH_BYTES), path)
         except GraphError as error:
-            yield problem("graph-invalid", path, error.message)
+            yield problem_of("graph-invalid", path, error)
             return
         except EvermindPackError:
             return  # it is missing or cannot be read: reported with the file
@@ -143,7 +143,7 @@ class _Deep:
                     yield _non_finite(f"{path}: tensor {name!r}", count)
         except IntegrityError as error:
             if not isinstance(error, FileNotFoundError):
-                yield problem("resident-header", path, error.message)
+                yield problem_of("resident-header", path, error)
 
     def _hash(self, path: str, size: int) -> str:
         digest = hashlib.sha256()

@@ -16,7 +16,7 @@ from msgspec import inspect
 
 from .errors import ManifestError, UnsupportedError
 from .manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest
-from .problems import Problem, problem
+from .problems import Problem, problem, problem_of
 from .structure import check_files, check_structure
 
 _MAX_PER_FIELD = 100
@@ -36,9 +36,9 @@ def diagnose_manifest(data: bytes) -> Diagnosis:
     try:
         manifest = parse_manifest(data)
     except UnsupportedError as error:
-        return Diagnosis(None, [problem("manifest-unsupported", MANIFEST_NAME, error.message)])
+        return Diagnosis(None, [problem_of("manifest-unsupported", MANIFEST_NAME, error)])
     except ManifestError as error:
-        first = problem("manifest-invalid", MANIFEST_NAME, error.message)
+        first = problem_of("manifest-invalid", MANIFEST_NAME, error)
         return _take_apart(data, first)
     problems = check_structure(manifest)
     for key, place in _unknown_keys(json.loads(data), inspect.type_info(Manifest), ""):

@@ -258,6 +258,8 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         manifest = _MANIFEST.decode(data)
         # msgspec keeps the last of two equal keys: a second reader may keep the first.
         json.loads(data, object_pairs_hook=_refuse_duplicates)
+    except ManifestError:
+        raise
     except ValueError as error:
         raise ManifestError(f"{where}: {error}") from error
     except _DuplicateKeyError as error:

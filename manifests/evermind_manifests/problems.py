@@ -174,6 +174,11 @@ def problem(code: str, place: str, message: str, remedy: str | None = None) -> P
     return Problem(code, info.severity, place, message, remedy or info.remedy, info.integrity)
 
 
+def problem_of(code: str, place: str, error: EvermindPackError) -> Problem:
+    """A `Problem` from an error, whose message may begin with the place too."""
+    return problem(code, place, error.message.removeprefix(f"{place}: "))
+
+
 def raise_errors(
     problems: Sequence[Problem], where: str, error: type[EvermindPackError], *, shown: int = 5
 ) -> None:

@@ -24,7 +24,7 @@ from .manifest import (
     Step,
 )
 from .paths import check_file_kind, check_path
-from .problems import Problem, problem
+from .problems import Problem, problem, problem_of
 from .shard import ALIGNMENT, check_layout
 
 POOL_SUFFIX = ".moe0p"
@@ -54,9 +54,9 @@ def check_files(files: Mapping[str, object]) -> Iterator[Problem]:
             check_path(path)
             check_file_kind(path)
         except UnsupportedError as error:
-            yield problem("file-kind", place, error.message)
+            yield problem_of("file-kind", place, error)
         except PathError as error:
-            yield problem("bad-path", place, error.message)
+            yield problem_of("bad-path", place, error)
         if path in (MANIFEST_NAME, SIGNATURE_NAME):
             yield problem("bad-path", place, f"{path} cannot hold its own digest")
         other = folded.setdefault(path.casefold(), path)
@@ -274,13 +274,11 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             yield problem(
                 "plan-experts", f"plan.{program}", f"layer {layer} runs {executed[layer]} times"
             )
-    outputs = {name: spec.value or name for name, spec in plan.outputs.items()}
-    for what, values in (("outputs", outputs), ("state", {name: name for name in plan.state})):
-        for name, value in values.items():
-            if value not in produced:
-                yield problem(
-                    "plan-output", f"plan.{what}[{name!r}]", f"{program} never produces it"
-                )
+    wanted = {f"plan.outputs[{name!r}]": spec.value or name for name, spec in plan.outputs.items()}
+    wanted |= {f"plan.state[{name!r}]": name for name in plan.state}
+    for place, name in wanted.items():
+        if name not in produced:
+            yield problem("plan-output", place, f"{program} never produces {name!r}")
 
 
 def _reads(step: Step) -> list[str]:

@@ -24,7 +24,7 @@ from .manifest import (
     package_digest,
 )
 from .package import Package, shard_place
-from .problems import Problem, problem
+from .problems import Problem, problem, problem_of
 from .shard import PREFIX_BYTES, read_prefix
 from .store import Store, open_store
 
@@ -98,7 +98,7 @@ def validate(
     try:
         store = open_store(location)
     except EvermindPackError as error:
-        found = problem("not-a-package", where, error.message)
+        found = problem_of("not-a-package", where, error)
         return Report(where, None, ("structure",), (found,))
     with store:
         return _validate(store, deep, run, progress)
@@ -110,7 +110,7 @@ def _validate(store: Store, deep: bool, run: Run | None, progress: Progress | No
         data = store.read(MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
     except EvermindPackError as error:
         code = "missing-file" if isinstance(error, MissingFileError) else "manifest-invalid"
-        found = problem(code, MANIFEST_NAME, error.message)
+        found = problem_of(code, MANIFEST_NAME, error)
         return Report(store.location, None, ("structure",), (found,))
     digest = package_digest(data)
     diagnosis = diagnose_manifest(data)
@@ -135,14 +135,14 @@ def _check_files(store: Store, files: Mapping[str, FileEntry]) -> Iterator[Probl
         except PathError:
             continue  # reported as bad-path
         except EvermindPackError as error:
-            yield problem("missing-file", path, error.message)
+            yield problem_of("missing-file", path, error)
             continue
         if found != entry.bytes:
             yield problem("size-mismatch", path, f"expected {entry.bytes:,} bytes, found {found:,}")
     try:
         strays = set(store.paths()) - files.keys() - {MANIFEST_NAME, SIGNATURE_NAME}
     except EvermindPackError as error:
-        yield problem("unreadable", store.location, error.message)
+        yield problem_of("unreadable", store.location, error)
         return
     for path in sorted(strays):
         yield problem("stray-file", path, "is not in `files`")
@@ -159,7 +159,7 @@ def _check_shard_heads(store: Store, manifest: Manifest) -> Iterator[Problem]:
             store.read_into(shard.file, shard.offset, memoryview(head))
             _, data_offset = read_prefix(head, shard.bytes, place)
         except (ShardError, TruncatedError) as error:
-            yield problem("shard-header", place, error.message)
+            yield problem_of("shard-header", place, error)
             continue
         except EvermindPackError:
             continue  # the file is missing or cannot be read: reported with it
