@@ -1,4 +1,4 @@
-"""The peer's checkpoint files, in and out: `MoE0`, `EVL0` and `LMBC`. numpy only."""
+"""The peer's files, in and out: `MoE0`, `EVL0`, `LMBC`, `EVD0`, `.evermind`, safetensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from evermind_manifests.errors import CheckpointError
 
 from . import evl0, lmbc, moe0
 from .checkpoint import Checkpoint
+from .evd0 import (
+    Delta,
+    apply_checkpoint_diff,
+    apply_delta,
+    create_delta,
+    diff_checkpoints,
+    read_delta,
+    write_delta,
+)
+from .evermind import EvermindFile, read_evermind, write_evermind
 from .evl0 import read_evl0, write_evl0
 from .lmbc import read_lmbc, write_lmbc
 from .moe0 import read_moe0, write_moe0
@@ -20,23 +30,39 @@ from .params import (
     parameter_count,
     validate_config,
 )
+from .peer_manifest import PeerManifest, new_peer_manifest, parse_peer_manifest
+from .peer_safetensors import write_peer_safetensors
 
 __all__ = [
     "FAMILIES",
     "Checkpoint",
+    "Delta",
+    "EvermindFile",
     "Family",
+    "PeerManifest",
+    "apply_checkpoint_diff",
+    "apply_delta",
     "canonical_shapes",
+    "create_delta",
+    "diff_checkpoints",
     "dim_names",
     "ffn_shapes",
+    "new_peer_manifest",
     "parameter_count",
+    "parse_peer_manifest",
     "read_checkpoint",
+    "read_delta",
+    "read_evermind",
     "read_evl0",
     "read_lmbc",
     "read_moe0",
     "validate_config",
+    "write_delta",
+    "write_evermind",
     "write_evl0",
     "write_lmbc",
     "write_moe0",
+    "write_peer_safetensors",
 ]
 
 _READERS = {

@@ -44,11 +44,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One file format: its name, its magic word and the family it stores."""
+    """One file format: its name, its magic word and the family it stores.
+
+    `trailer_bytes` may follow the last parameter, or not.
+    """
 
     name: str
     magic: int
     family: Family
+    trailer_bytes: int = 0
 
     @property
     def header_bytes(self) -> int:
@@ -92,15 +96,23 @@ def read_header(layout: Layout, data: memoryview, where: str) -> Header:
     return Header(config, half, count, layout.header_bytes + count * (2 if half else 4))
 
 
+def check_length(layout: Layout, header: Header, size: int, where: str) -> None:
+    """Raise `CheckpointError` unless a file with this header has exactly `size` bytes."""
+    if size in (header.end, header.end + layout.trailer_bytes):
+        return
+    trailer = f", or {header.end + layout.trailer_bytes} with a CRC trailer"
+    raise CheckpointError(
+        f"{where}: length: expected {header.end} bytes for {header.count:,} "
+        f"{'f16' if header.half else 'f32'} parameters{trailer if layout.trailer_bytes else ''}, "
+        f"found {size}"
+    )
+
+
 def read_plain(layout: Layout, data: memoryview, where: str) -> Checkpoint:
-    """A whole file without trailer; raises `CheckpointError` unless its length is exact."""
+    """A whole file; raises `CheckpointError` unless its length is exact. No trailer is read."""
     header = read_header(layout, data, where)
-    if len(data) != header.end:
-        raise CheckpointError(
-            f"{where}: length: expected {header.end} bytes for {header.count:,} "
-            f"{'f16' if header.half else 'f32'} parameters, found {len(data)}"
-        )
-    flat = _decode(data[layout.header_bytes :], header.half, header.count)
+    check_length(layout, header, len(data), where)
+    flat = _decode(data[layout.header_bytes : header.end], header.half, header.count)
     tensors = split(flat, canonical_shapes(layout.family, header.config))
     return Checkpoint(layout.family, header.config, tensors, header.half)
 

@@ -6,12 +6,11 @@ Source: specs/evermind-formats.md, section 10.
 from __future__ import annotations
 
 from evermind_manifests.dtypes import Rounding
-from evermind_manifests.errors import CheckpointError
 
-from .checkpoint import Checkpoint, Layout, read_header, read_plain, write_plain
+from .checkpoint import Checkpoint, Layout, check_length, read_header, read_plain, write_plain
 from .crc import TRAILER_BYTES, check_trailer, with_trailer
 
-LAYOUT = Layout("EVL0", 0x45564C30, "evermind-lm")
+LAYOUT = Layout("EVL0", 0x45564C30, "evermind-lm", TRAILER_BYTES)
 
 
 def read_evl0(data: bytes | memoryview, where: str) -> Checkpoint:
@@ -21,14 +20,9 @@ def read_evl0(data: bytes | memoryview, where: str) -> Checkpoint:
     """
     view = memoryview(data)
     header = read_header(LAYOUT, view, where)
-    if len(view) not in (header.end, header.end + TRAILER_BYTES):
-        raise CheckpointError(
-            f"{where}: length: expected {header.end} bytes for {header.count:,} "
-            f"{'f16' if header.half else 'f32'} parameters, or {header.end + TRAILER_BYTES} "
-            f"with a CRC trailer, found {len(view)}"
-        )
     if len(view) > header.end:
-        view = check_trailer(view, where)
+        check_length(LAYOUT, header, len(view), where)
+        check_trailer(view, where)
     return read_plain(LAYOUT, view, where)
 
 

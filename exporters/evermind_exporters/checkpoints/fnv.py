@@ -31,30 +31,49 @@ def fnv1a(data: bytes | bytearray | memoryview, state: int = OFFSET) -> int:
 
 def _block(data: npt.NDArray[np.uint8], state: int) -> int:
     before = _low_bytes(data, state & 0xFF)
-    difference = (before ^ data).astype(np.int32) - before
-    powers = _powers()[_BLOCK - data.size :]
-    with np.errstate(over="ignore"):
-        total = int(np.dot(difference.view(np.uint32), powers))
-    return (state * int(pow(PRIME, data.size, 1 << 32)) + total) & _MASK
+    difference = (before ^ data).astype(np.int32)
+    difference -= before
+    terms = difference.view(np.uint32) * _powers()[_BLOCK - data.size :]
+    total = int(terms.sum(dtype=np.uint32))
+    return (state * pow(PRIME, data.size, 1 << 32) + total) & _MASK
 
 
 def _low_bytes(data: npt.NDArray[np.uint8], first: int) -> npt.NDArray[np.uint8]:
-    """The low byte of the state before each byte of `data`, which it begins with at `first`."""
+    """The low byte of the state before each byte of `data`, where it is `first` at the start."""
     low = np.zeros(data.size, np.uint8)
     for bit in range(8):
         mask = np.uint8(1 << bit)
         # What the product adds to this bit, beyond the bit itself: the prime is odd.
-        mixed = (low ^ data) & np.uint8(mask - 1)
-        flips = ((mixed * np.uint8(PRIME & 0xFF)) ^ data) & mask
-        running = np.bitwise_xor.accumulate(flips)
-        low[0] |= first & mask
-        low[1:] |= running[:-1] ^ (np.uint8(first) & mask)
+        mixed = (low ^ data) & (mask - np.uint8(1))
+        mixed *= np.uint8(PRIME & 0xFF)
+        mixed ^= data
+        mixed &= mask
+        low |= _xor_before(mixed, first >> bit & 1) << np.uint8(bit)
     return low
+
+
+def _xor_before(flips: npt.NDArray[np.uint8], first: int) -> npt.NDArray[np.uint8]:
+    """`first` xor all flips (nonzero: a flip) that stand before each place; values 0 and 1.
+
+    64 places a word: within a word by doubling shifts, then over the words.
+    """
+    packed = np.packbits(flips, bitorder="little")
+    words = np.zeros(-(-packed.size // 8), "<u8")
+    words.view(np.uint8)[: packed.size] = packed
+    running = words.copy()
+    for shift in (1, 2, 4, 8, 16, 32):
+        running ^= running << np.uint64(shift)
+    parity = np.bitwise_xor.accumulate(running >> np.uint64(63))
+    start = np.empty_like(parity)
+    start[0] = first
+    start[1:] = parity[:-1] ^ np.uint64(first)
+    # All ones where the places before the word flipped; and from "up to" to "before".
+    running ^= words ^ (np.uint64(0) - start)
+    return np.unpackbits(running.view(np.uint8), count=flips.size, bitorder="little")
 
 
 @cache
 def _powers() -> npt.NDArray[np.uint32]:
     """`p^n … p^1` mod 2^32 for a whole block; its tail serves a shorter one."""
     powers = np.full(_BLOCK, PRIME, np.uint32)
-    with np.errstate(over="ignore"):
-        return np.multiply.accumulate(powers)[::-1].copy()
+    return np.multiply.accumulate(powers)[::-1].copy()
