@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -68,3 +69,12 @@ def human_bytes(count: int) -> str:
             return f"{size:,.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} TiB"
+
+
+def let_threads_sleep() -> None:
+    """Have OpenMP's threads wait without spinning; call before torch is imported.
+
+    On two cores with one other busy process, a training step takes 0.26 s this way and 0.83 s
+    with spinning threads.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from evermind_manifests.package import Package
 from evermind_manifests.problems import Problem, problem
-from evermind_manifests.validate import validate
+from evermind_manifests.validate import Report, validate
 
-from .terminal import print_json, progress
+from .terminal import Progress, print_json, progress
 
 EXAMPLES = """\
   evermind-pack validate shakespeare/
@@ -30,14 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; the exit code is the report's (0 ok, 1 invalid, 3 integrity)."""
     with progress("validating", quiet=args.quiet or args.json) as advance:
-        report = validate(
-            args.package, deep=args.deep, run=_parity if args.run else None, progress=advance
-        )
+        report = check_package(args.package, deep=args.deep, parity=args.run, progress=advance)
     if args.json:
         print_json(report.to_dict())
     elif not (args.quiet and report.ok):
         print(report.render())
     return report.exit_code
+
+
+def check_package(location: str | Path, *, deep: bool, parity: bool, progress: Progress) -> Report:
+    """Validate a package, its parity cases run by the runtime if asked for."""
+    return validate(location, deep=deep, run=_parity if parity else None, progress=progress)
 
 
 def _parity(package: Package) -> list[Problem]:

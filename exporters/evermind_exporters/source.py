@@ -1,4 +1,4 @@
-"""What `export` reads: a training run folder, a peer's checkpoint, or a state dict.
+"""What `export` reads: a training run folder, a peer's file or bundle, or a state dict.
 
 Detected by content. Tensors stay on disk until they are asked for.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,15 +15,20 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import CheckpointError, MissingFileError
+from evermind_manifests.manifest import Card
 from safetensors import SafetensorError, safe_open
 
 from .blueprint import FloatArray, Tensors
-from .checkpoints import Family, canonical_shapes, read_checkpoint, validate_config
+from .checkpoints import Family, canonical_shapes, validate_config
+from .checkpoints.peer_file import PeerFile, is_peer_file
 from .families import FAMILIES
+from .peer_attachments import attachments
+from .peer_bundle import MODEL_TYPE, bundle_config
+from .peer_tokenizer import TOKENIZER_NAME, VOCAB_NAME, read_peer_tokenizer
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
+METRICS_NAME = "metrics.jsonl"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
@@ -33,6 +38,8 @@ class ModelSource:
     """A model to package: `tensors` maps the family's names to float32 arrays.
 
     `tokenizer` is the content of a tokenizer.json, or `"bytes"` for the byte vocabulary.
+    `version`, `card` and `created` go into the package's manifest unless the export's options
+    say otherwise; `attachments` are files the package gets as they are, by path.
     """
 
     family: Family
@@ -40,15 +47,19 @@ class ModelSource:
     tensors: Tensors
     name: str
     tokenizer: bytes | Literal["bytes"] | None = None
-    training_summary: str | None = None
+    version: str = "1"
+    card: Card = field(default_factory=Card)
+    created: str | None = None
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def read_source(path: Path) -> ModelSource:
     """Open a model for export.
 
-    `path` is a folder with `config.json` and `model.safetensors`, a `.safetensors` file
-    beside its `config.json`, or a peer's `MoE0`, `EVL0` or `LMBC` file. Raises
-    `CheckpointError` for anything that is not one of these, or is damaged.
+    `path` is a folder with `config.json` and `model.safetensors` (a training run, or the
+    peer's Hugging Face bundle), a `.safetensors` file beside its `config.json`, or a peer's
+    `MoE0`, `EVL0`, `LMBC` or `.evermind` file. Raises `CheckpointError` for anything that is
+    not one of these, or is damaged.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -56,11 +67,30 @@ def read_source(path: Path) -> ModelSource:
         raise MissingFileError(f"{path}: no such file or folder")
     with path.open("rb") as file:
         head = file.read(16)
-    if len(head) > 8 and head[8:9] == b"{":
+    # Magic words first: a checkpoint's ninth byte may look like the brace of a JSON header.
+    if not is_peer_file(head) and head[8:9] == b"{":
         return _read_state_dict(path, path.parent)
-    checkpoint = read_checkpoint(path.read_bytes(), str(path))
+    file = PeerFile(path)
+    file.verify()
+    return peer_source(file)
+
+
+def peer_source(file: PeerFile) -> ModelSource:
+    """A peer's file as a model; what its manifest says beyond the weights comes along."""
+    name = Path(file.location).name.split(".")[0] or file.family
+    peer = file.manifest
+    if peer is None:
+        return ModelSource(file.family, file.config, file.tensors, name)
+    values = peer.values
     return ModelSource(
-        checkpoint.family, checkpoint.config, checkpoint.tensors, path.name.split(".")[0]
+        file.family,
+        file.config,
+        file.tensors,
+        peer.name or name,
+        version=peer.version or "1",
+        card=peer.card,
+        created=values.get("createdAt"),
+        attachments=attachments(peer, file.read_codec()),
     )
 
 
@@ -78,6 +108,8 @@ def _read_folder(folder: Path) -> ModelSource:
 def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     where = folder / CONFIG_NAME
     raw = _read_json(where)
+    if raw.get("model_type") == MODEL_TYPE and "family" not in raw:
+        return _read_bundle(weights, folder, raw)
     family = raw.pop("family", None)
     if family not in FAMILIES:
         raise CheckpointError(
@@ -93,7 +125,25 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
         tokenizer = (folder / TOKENIZER_NAME).read_bytes()
     elif vocabulary == "bytes":
         tokenizer = "bytes"
-    return ModelSource(family, config, tensors, folder.resolve().name, tokenizer, summary)
+    return ModelSource(
+        family,
+        config,
+        tensors,
+        folder.resolve().name,
+        tokenizer,
+        card=Card(training_summary=summary),
+    )
+
+
+def _read_bundle(weights: Path, folder: Path, raw: dict[str, Any]) -> ModelSource:
+    """The peer's Hugging Face bundle: a language model."""
+    tensors = SafetensorsFile(weights)
+    config = bundle_config(raw, tensors.shapes(), str(folder / CONFIG_NAME))
+    tensors.check(canonical_shapes("evermind-lm", config))
+    tokenizer = None
+    if (folder / TOKENIZER_NAME).is_file() or (folder / VOCAB_NAME).is_file():
+        tokenizer = read_peer_tokenizer(folder, config["vocabSize"])
+    return ModelSource("evermind-lm", config, tensors, folder.resolve().name, tokenizer)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -131,6 +181,13 @@ class SafetensorsFile(Mapping[str, FloatArray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {
+            name: tuple(self._file.get_slice(stored).get_shape())
+            for name, stored in self._names.items()
+        }
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `CheckpointError` unless the file holds exactly these tensors, as floats."""

@@ -1,0 +1,234 @@
+"""`evermind-pack demo`: the whole way on real input, in two or three minutes on two cores."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evermind_manifests.errors import EvermindPackError, MissingExtraError
+
+from .terminal import human_bytes, let_threads_sleep, print_json, print_table, progress, remark
+
+if TYPE_CHECKING:
+    from evermind_manifests.validate import Report
+    from evermind_runtime import Stats
+
+EXAMPLES = """\
+  evermind-pack demo
+  evermind-pack demo -o /tmp/demo --steps 100 --prompt "import "
+  evermind-pack demo --budget 15%"""
+
+_INTERRUPTED = 130
+_STEPS = 400
+
+
+class DemoError(EvermindPackError, RuntimeError):
+    """A step of the demo did not give what it promises."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to put it, and the few things worth playing with."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("demo"),
+        help="a folder for the run and the package (default: demo); a run that is already "
+        "there is used, or resumed",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=_STEPS, help=f"training steps (default: {_STEPS})"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        default="25%",
+        help="memory for experts when generating (default: 25%% of all)",
+    )
+    parser.add_argument("--prompt", default="def ", help="text to continue (default: 'def ')")
+    parser.add_argument(
+        "--max-new", metavar="N", type=int, default=160, help="tokens to generate (default: 160)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.7, help="0 is greedy (default: 0.7)"
+    )
+    parser.add_argument("--seed", type=int, default=7, help="of the sampler (default: 7)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, export, validate, generate paged and unpaged, compare."""
+    let_threads_sleep()
+    quiet = args.quiet or args.json
+    run_folder, package = args.output / "run", args.output / "package"
+
+    _headline("1/4", "train a language model on Python's standard library", quiet)
+    if not _train(run_folder, args, quiet):
+        return _INTERRUPTED
+    _headline("2/4", "export it: one shard per expert, half precision", quiet)
+    digest = _export(run_folder, package, quiet)
+    _headline("3/4", "validate: every digest, shard and graph, and the results", quiet)
+    report = _validate(package, quiet)
+    if not report.ok:
+        raise DemoError(f"{package}: does not validate\n{report.render()}")
+    _headline("4/4", f"generate with room for {args.budget} of the experts", quiet)
+    paged = _generate(package, args, args.budget, show=not quiet)
+    unpaged = _generate(package, args, None, show=False)
+
+    identical = paged.tokens == unpaged.tokens
+    if args.json:
+        print_json(
+            {
+                "package": str(package),
+                "digest": digest,
+                "identical": identical,
+                "paged": paged.to_dict(),
+                "unpaged": unpaged.to_dict(),
+            }
+        )
+    else:
+        _print_table(paged, unpaged, identical)
+        remark(f'\nnext: evermind-pack run {package} --prompt "class " --budget 15%', quiet=quiet)
+    if not identical:
+        raise DemoError("the paged run gave other tokens than the unpaged one")
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Generated:
+    tokens: list[int]
+    text: str
+    tokens_per_second: float
+    stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "text": self.text,
+            "tokens_per_second": self.tokens_per_second,
+            **self.stats.to_dict(),
+        }
+
+
+def _headline(step: str, text: str, quiet: bool) -> None:
+    remark(f"\n[{step}] {text}", quiet=quiet)
+
+
+def _train(folder: Path, args: argparse.Namespace, quiet: bool) -> bool:
+    """Train, resume or reuse; whether the run is finished."""
+    try:
+        from ..training import LanguagePlan, RunFolder, stop_on_interrupt
+        from .training_jobs import language_options, resume_job, train_lm
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", "train", "Training") from error
+    started = any(folder.glob("checkpoint-*"))
+    if started and RunFolder.open(folder).plan()["steps"] != args.steps:
+        shutil.rmtree(folder)
+        started = False
+    with stop_on_interrupt() as stop:
+        if started:
+            result = resume_job(folder, stop=stop, quiet=quiet)
+        else:
+            # What a killed run left before its first checkpoint.
+            shutil.rmtree(folder, ignore_errors=True)
+            config = {
+                "dModel": 128,
+                "numLayers": 4,
+                "convKernel": 8,
+                "hiddenDim": 256,
+                "numExperts": 16,
+                "topK": 2,
+            }
+            source = {"paths": [], "vocab_size": 1024, "max_bytes": 4_000_000}
+            plan = LanguagePlan(steps=args.steps, source=source)
+            result = train_lm(
+                folder, config, language_options(args.steps), plan, stop=stop, quiet=quiet
+            )
+    if not result.finished:
+        remark("stopped; the same command goes on from here")
+    return result.finished
+
+
+def _export(run_folder: Path, package: Path, quiet: bool) -> str:
+    from evermind_exporters import ExportOptions, export_package, read_source
+    from evermind_manifests.manifest import Card
+
+    from ..parity import parity_reference
+
+    source = read_source(run_folder)
+    options = ExportOptions(
+        name="python-demo",
+        card=Card(
+            description="A small language model of Python source, made by `evermind-pack demo`.",
+            license="PSF-2.0",
+            training_summary=source.training_summary,
+        ),
+        overwrite=True,
+    )
+    with progress("writing experts", quiet=quiet) as advance:
+        digest = export_package(
+            source, package, options, reference=parity_reference(source.family), progress=advance
+        )
+    remark(f"{package}  sha256 {digest}", quiet=quiet)
+    return digest
+
+
+def _validate(package: Path, quiet: bool) -> Report:
+    from .validate import check_package
+
+    with progress("validating", quiet=quiet) as advance:
+        report = check_package(package, deep=True, parity=True, progress=advance)
+    remark(report.render(), quiet=quiet)
+    return report
+
+
+def _generate(
+    package: Path, args: argparse.Namespace, budget: str | None, *, show: bool
+) -> _Generated:
+    from evermind_runtime import load
+
+    with load(package, budget=budget) as model:
+        if show:
+            print(args.prompt, end="", flush=True)
+        tokens: list[int] = []
+        text = ""
+        first = 0.0
+        for piece in model.generate(
+            args.prompt,
+            max_new_tokens=args.max_new,
+            temperature=args.temperature,
+            seed=args.seed,
+        ):
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(piece.token)
+            text += piece.text
+            if show:
+                print(piece.text, end="", flush=True)
+        seconds = time.perf_counter() - first
+        if show:
+            print("\n")
+        speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else 0.0
+        return _Generated(tokens, text, speed, model.stats())
+
+
+def _print_table(paged: _Generated, unpaged: _Generated, identical: bool) -> None:
+    rows = {"": f"{'paged':>16}{'all resident':>16}"}
+    for name, values in {
+        "tokens/s": [f"{one.tokens_per_second:,.0f}" for one in (paged, unpaged)],
+        "expert hits": [f"{one.stats.expert_hits:,}" for one in (paged, unpaged)],
+        "expert misses": [f"{one.stats.expert_misses:,}" for one in (paged, unpaged)],
+        "hit rate": [f"{one.stats.hit_rate:.1%}" for one in (paged, unpaged)],
+        "bytes paged in": [human_bytes(one.stats.bytes_read) for one in (paged, unpaged)],
+        "peak experts": [
+            human_bytes(one.stats.peak_resident_expert_bytes) for one in (paged, unpaged)
+        ],
+        "budget": [human_bytes(one.stats.budget_bytes) for one in (paged, unpaged)],
+    }.items():
+        rows[name] = "".join(f"{value:>16}" for value in values)
+    rows["same tokens"] = f"{'yes' if identical else 'NO':>16}"
+    print_table(rows)

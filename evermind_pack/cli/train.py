@@ -1,0 +1,110 @@
+"""`evermind-pack train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evermind_manifests.errors import InputError, MissingExtraError
+
+from .terminal import let_threads_sleep, print_json, remark
+
+if TYPE_CHECKING:
+    from ..training import TrainingResult
+
+EXAMPLES = """\
+  evermind-pack train lm --stdlib -o runs/python --steps 400
+  evermind-pack train lm --corpus books/ notes.txt --vocab 256 -o runs/books
+  evermind-pack train moe --data samples.npz -o runs/layer --experts 16 --top-k 2
+  evermind-pack train limbic --data episodes.npz -o runs/mood --steps 200
+  evermind-pack train --resume runs/python"""
+
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to train, on what, and how long; every option has a default that works."""
+    parser.add_argument("family", nargs="?", choices=("lm", "moe", "limbic"), help="what to train")
+    parser.add_argument("-o", "--output", metavar="RUN", type=Path, help="the run folder to write")
+    parser.add_argument(
+        "--resume", metavar="RUN", type=Path, help="go on from a run's last checkpoint"
+    )
+    parser.add_argument("--steps", type=int, help="updates to make (default: 400)")
+    parser.add_argument("--batch", type=int, help="sequences, or samples, per update")
+    parser.add_argument("--lr", type=float, help="the highest learning rate")
+    parser.add_argument("--seed", type=int, help="of the weights and of the data's order")
+    parser.add_argument("--experts", type=int, help="experts per layer")
+    parser.add_argument("--top-k", type=int, help="experts a token is routed to")
+    parser.add_argument("--hidden", type=int, help="an expert's hidden width")
+    parser.add_argument("--aux-weight", type=float, help="weight of the load-balancing loss")
+    text = parser.add_argument_group("lm")
+    text.add_argument(
+        "--corpus", metavar="PATH", nargs="+", type=Path, help="text files, or folders of them"
+    )
+    text.add_argument(
+        "--stdlib", action="store_true", help="train on Python's own standard library"
+    )
+    text.add_argument(
+        "--vocab", type=int, help="256 for bytes, more for byte-level BPE (default: 1024)"
+    )
+    text.add_argument("--max-bytes", type=int, help="of corpus to read (default: 4,000,000)")
+    text.add_argument("--layers", type=int, help="layers (default: 4)")
+    text.add_argument("--d-model", type=int, help="width (default: 128)")
+    text.add_argument("--conv", type=int, help="tokens a convolution sees (default: 8)")
+    text.add_argument("--window", type=int, help="tokens per sequence (default: 128)")
+    data = parser.add_argument_group("moe, limbic")
+    data.add_argument(
+        "--data",
+        metavar="NPZ",
+        type=Path,
+        help="moe: x (N, D), target (N, D); limbic: x (N, I), state (N, S), delta (N, S), "
+        "reward (N,)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; Ctrl-C leaves a checkpoint to resume from."""
+    let_threads_sleep()
+    try:
+        from ..training import stop_on_interrupt
+        from .training_jobs import resume_job, start_job
+    except ImportError as error:
+        raise MissingExtraError(error.name or "torch", "train", "Training") from error
+    if (args.family is None) == (args.resume is None):
+        raise InputError("give what to train (lm, moe or limbic), or --resume RUN, not both")
+    if args.resume is None and args.output is None:
+        raise InputError("-o RUN is needed: the folder the run is written to")
+    with stop_on_interrupt() as stop:
+        if args.resume is not None:
+            result = resume_job(args.resume, stop=stop, quiet=args.quiet or args.json)
+        else:
+            result = start_job(args, stop=stop)
+    _print_result(result, args)
+    return 0 if result.finished else _INTERRUPTED
+
+
+def _print_result(result: TrainingResult, args: argparse.Namespace) -> None:
+    from ..training.run_folder import METRICS
+
+    last: dict[str, Any] = {}
+    metrics = result.folder / METRICS
+    if metrics.exists():
+        import json
+
+        lines = metrics.read_text().splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+    if args.json:
+        print_json(
+            {
+                "run": str(result.folder),
+                "step": result.step,
+                "steps": result.steps,
+                "finished": result.finished,
+                "last": last,
+            }
+        )
+        return
+    print(result.summary)
+    if result.finished and not args.quiet:
+        remark(f"next: evermind-pack export {result.folder} -o PACKAGE")
