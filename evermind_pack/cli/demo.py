@@ -165,7 +165,7 @@ def _export(run_folder: Path, package: Path, quiet: bool) -> str:
         card=Card(
             description="A small language model of Python source, made by `evermind-pack demo`.",
             license="PSF-2.0",
-            training_summary=source.training_summary,
+            training_summary=source.card.training_summary,
         ),
         overwrite=True,
     )

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             license=args.license,
             author=args.author,
             tags=tuple(args.tag),
-            training_summary=source.training_summary,
+            training_summary=source.card.training_summary,
         ),
         overwrite=args.force,
     )

@@ -116,7 +116,6 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
             f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found {family!r}"
         )
     vocabulary = raw.pop("vocabulary", None)
-    summary = raw.pop("trainingSummary", None)
     config = validate_config(family, raw)
     tensors = SafetensorsFile(weights)
     tensors.check(canonical_shapes(family, config))
@@ -131,8 +130,23 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
         tensors,
         folder.resolve().name,
         tokenizer,
-        card=Card(training_summary=summary),
+        card=Card(training_summary=_training_summary(folder)),
     )
+
+
+def _training_summary(folder: Path) -> str | None:
+    """A sentence from the last line of a training run's metrics."""
+    metrics = folder / METRICS_NAME
+    if not metrics.is_file():
+        return None
+    try:
+        last = json.loads(metrics.read_bytes().splitlines()[-1])
+        text = f"{last['step']} steps, last loss {last['loss']:.4f}"
+        if "validation_loss" in last:
+            text += f", validation loss {last['validation_loss']:.4f}"
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{metrics}: last line: not a training record: {error}") from error
+    return text
 
 
 def _read_bundle(weights: Path, folder: Path, raw: dict[str, Any]) -> ModelSource:
