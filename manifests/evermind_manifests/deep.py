@@ -16,7 +16,7 @@ from .errors import EvermindPackError, GraphError, IntegrityError, ShardError, T
 from .graph import MAX_GRAPH_BYTES, GraphInfo, graph_problems, inspect_graph
 from .interface import external_locations, interface_problems
 from .manifest import Manifest, Shard
-from .package import shard_place
+from .package import read_shard_bytes, shard_place
 from .problems import Problem, problem, problem_of
 from .safetensors_header import PREFIX_BYTES, TensorRange, header_bytes, read_header
 from .shard import check_shard, read_shard
@@ -86,11 +86,7 @@ class _Deep:
         kind_name = self._kinds.get(shard.layer)
         kind = self._manifest.kinds.get(kind_name) if kind_name is not None else None
         try:
-            # Before anything of that length is allocated.
-            if shard.offset + shard.bytes > self._store.size(shard.file):
-                raise TruncatedError(f"{place}: the file ends before the shard does")
-            data = bytearray(shard.bytes)
-            self._store.read_into(shard.file, shard.offset, memoryview(data))
+            data = read_shard_bytes(self._store, shard)
         except EvermindPackError as error:
             if not isinstance(error, FileNotFoundError):
                 yield problem_of("shard-content", place, error)

@@ -31,7 +31,8 @@ KNOWN_REQUIREMENTS: frozenset[str] = frozenset()
 Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 PositiveCount: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# In Python `$` also matches before a final newline, hence the length.
+Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 PackagePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 DType: TypeAlias = Literal["f32", "f16", "bf16", "f64", "i64", "i32", "u8", "bool"]

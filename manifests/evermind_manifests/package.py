@@ -10,7 +10,14 @@ import os
 from types import TracebackType
 from typing import Self
 
-from .errors import DigestError, InputError, IntegrityError, ManifestError, ShardDigestError
+from .errors import (
+    DigestError,
+    InputError,
+    IntegrityError,
+    ManifestError,
+    ShardDigestError,
+    TruncatedError,
+)
 from .manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -83,8 +90,7 @@ class Package:
         shard = self.shard(layer, expert)
         name, kind = self.kind_of(layer)
         where = shard_place(shard)
-        data = bytearray(shard.bytes)
-        self.store.read_into(shard.file, shard.offset, memoryview(data))
+        data = read_shard_bytes(self.store, shard)
         check_digest(
             data, shard.sha256, where, f"shard {layer}/{expert}", ShardDigestError, self.location
         )
@@ -126,6 +132,20 @@ def open_package(location: str | os.PathLike[str] | Store) -> Package:
         if own:
             store.close()
         raise
+
+
+def read_shard_bytes(store: Store, shard: Shard) -> bytearray:
+    """A shard's bytes, unchecked; `TruncatedError` before anything too long is allocated."""
+    found = store.size(shard.file) - shard.offset
+    if found < shard.bytes:
+        raise TruncatedError(
+            f"{shard_place(shard)}: expected {shard.bytes} bytes from {shard.offset},"
+            f" found {max(0, found)}",
+            hint="The file is shorter than the manifest says: fetch or copy it again.",
+        )
+    data = bytearray(shard.bytes)
+    store.read_into(shard.file, shard.offset, memoryview(data))
+    return data
 
 
 def check_digest(
