@@ -20,7 +20,7 @@ ORDER = list(LAYERS)
 FOREIGN = {
     "evermind_manifests": {"msgspec", "msgpack", "numpy"},
     "evermind_runtime": {"msgspec", "numpy", "onnxruntime", "tokenizers"},
-    "evermind_exporters": {"ml_dtypes", "numpy", "onnx", "safetensors", "torch"},
+    "evermind_exporters": {"ml_dtypes", "msgspec", "numpy", "onnx", "safetensors", "torch"},
     "evermind_pack": {"msgspec", "numpy", "rich", "safetensors", "tokenizers", "torch"},
 }
 

@@ -14,7 +14,8 @@ EXAMPLES = """\
   evermind-pack export runs/shakespeare -o shakespeare/
   evermind-pack export model.safetensors -o model.zip --dtype bf16
   evermind-pack export peer.moe0 -o peer/ --dtype f32
-  evermind-pack export peer.evl0 -o peer/ --fp16-rounding truncate"""
+  evermind-pack export peer.evl0 -o peer/ --fp16-rounding truncate
+  evermind-pack export model.evermind -o model/ --dtype f32 --tokenizer vocab-folder/"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SRC",
         type=Path,
-        help="a training run, a folder or file with model.safetensors and config.json, or a "
-        "peer's MoE0, EVL0 or LMBC file (told apart by content)",
+        help="a training run, a folder or file with model.safetensors and config.json (the "
+        "peer's Hugging Face bundle too), or a peer's MoE0, EVL0, LMBC or .evermind file (told "
+        "apart by content)",
     )
     parser.add_argument(
         "-o",
@@ -54,8 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "resident ones too, as the peer does; the package then computes the peer's half "
         "model (default: nearest)",
     )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        type=Path,
+        help="a peer model's tokenizer: its tokenizer.json, or a folder with that or with "
+        "vocab.json and merges.txt",
+    )
     parser.add_argument("--name", help="the package's name (default: the source's)")
-    parser.add_argument("--package-version", default="1", help="its version (default: 1)")
+    parser.add_argument("--package-version", help="its version (default: the source's, or 1)")
     parser.add_argument("--license", help="an SPDX identifier for the model card")
     parser.add_argument("--author", help="who made the model, for the model card")
     parser.add_argument("--description", default="", help="what the model is, for the card")
@@ -66,11 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, then say what was written."""
     try:
-        from evermind_exporters import ExportOptions, export_package, read_source
+        from evermind_exporters import (
+            ExportOptions,
+            export_package,
+            read_source,
+            with_peer_tokenizer,
+        )
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export", "Exporting") from error
 
     source = read_source(args.source)
+    if args.tokenizer:
+        source = with_peer_tokenizer(source, args.tokenizer)
     options = ExportOptions(
         dtype=args.dtype,
         rounding=args.fp16_rounding,

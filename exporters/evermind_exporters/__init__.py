@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .export import ExportOptions, export_package
-from .source import ModelSource, read_source
+from .source import ModelSource, read_source, with_peer_tokenizer
 
-__all__ = ["ExportOptions", "ModelSource", "export_package", "read_source"]
+__all__ = ["ExportOptions", "ModelSource", "export_package", "read_source", "with_peer_tokenizer"]

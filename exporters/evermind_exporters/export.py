@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 from evermind_manifests import dtypes
 from evermind_manifests.errors import ConfigError, ExportError
@@ -23,12 +24,13 @@ from evermind_manifests.manifest import (
 from evermind_manifests.shard import encode_shard
 from evermind_manifests.writer import PackageWriter
 
-from .blueprint import Blueprint, FamilyExporter, FloatArray, Tensors
+from .blueprint import Blueprint, FamilyExporter, FloatArray
 from .checkpoints import parameter_count
 from .families import FAMILIES
 from .parity import PARITY_NAME, Reference, parity_file
+from .peer_tokenizer import TOKENIZER_NAME
 from .resident import pack_resident
-from .source import TOKENIZER_NAME, ModelSource
+from .source import ModelSource
 
 ExpertDType: TypeAlias = Literal["f32", "f16", "bf16"]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -40,14 +42,15 @@ class ExportOptions:
 
     `dtype` is what expert weights are stored as. Resident weights stay float32, except that
     `rounding="truncate"` (f16 only) cuts every weight to half precision the way the peer
-    does, so that the package computes exactly the peer's half model.
+    does, so that the package computes exactly the peer's half model. What `name`, `version`,
+    `card` and `created` leave open comes from the source.
     """
 
     dtype: ExpertDType = "f16"
     rounding: dtypes.Rounding = "nearest"
     layout: Literal["files", "pool"] = "files"
     name: str | None = None
-    version: str = "1"
+    version: str | None = None
     card: Card = field(default_factory=Card)
     generation: Generation | None = None
     created: str | None = None
@@ -74,45 +77,73 @@ def export_package(
             f"rounding 'truncate' is the peer's half precision and needs dtype f16, "
             f"not {options.dtype}"
         )
+    with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
+        draft = draft_package(source, options, reference)
+        for path, data in draft.files.items():
+            writer.add_file(path, data)
+        _add_shards(writer, draft.blueprint, source, options, progress)
+        return writer.finish(draft.manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A package without its shards: every other file, and the manifest without digests."""
+
+    files: dict[str, bytes]
+    manifest: Manifest
+    blueprint: Blueprint
+
+
+def draft_package(
+    source: ModelSource, options: ExportOptions, reference: Reference | None = None
+) -> Draft:
+    """Build the graphs and pack the resident weights; of the experts only the layout is used."""
     family = FAMILIES[source.family]
     stored = StoredTensors(source, family, options)
     resident, index = pack_resident(
         {name: stored[name] for name in family.resident_names(source.config)}
     )
     blueprint = family.build(source.config, index, options.dtype)
-    with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
-        for path, data in blueprint.graphs.items():
-            writer.add_file(path, data)
-        writer.add_file(RESIDENT_NAME, resident)
-        kinds = _add_kinds(writer, blueprint)
-        _add_shards(writer, blueprint, family, source.tensors, options, progress)
-        tokenizer = _add_tokenizer(writer, source)
-        if reference is not None:
-            writer.add_file(PARITY_NAME, parity_file(family, source.config, stored, reference))
-        card = options.card
-        manifest = Manifest(
-            schema=SCHEMA,
-            name=options.name or source.name,
-            version=options.version,
-            family=family.name,
-            config=source.config,
-            parameters=Parameters(
-                total=parameter_count(family.name, source.config),
-                active=blueprint.active_parameters,
-            ),
-            files={},
-            kinds=kinds,
-            layers=blueprint.layers,
-            shards=(),
-            plan=blueprint.plan,
-            resident=RESIDENT_NAME,
-            tokenizer=tokenizer,
-            generation=options.generation,
-            parity=PARITY_NAME if reference is not None else None,
-            card=card if card != Card() else None,
-            created=options.created,
-        )
-        return writer.finish(manifest)
+    files = {**source.attachments, **blueprint.graphs, RESIDENT_NAME: resident}
+    kinds = _kinds(blueprint, files)
+    tokenizer = None
+    if source.tokenizer == "bytes":
+        tokenizer = Tokenizer(kind="bytes")
+    elif source.tokenizer is not None:
+        files[TOKENIZER_NAME] = source.tokenizer
+        tokenizer = Tokenizer(kind="tokenizers", file=TOKENIZER_NAME)
+    if reference is not None:
+        files[PARITY_NAME] = parity_file(family, source.config, stored, reference)
+    card = merge_cards(source.card, options.card)
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=options.name or source.name,
+        version=options.version or source.version,
+        family=family.name,
+        config=source.config,
+        parameters=Parameters(
+            total=parameter_count(family.name, source.config),
+            active=blueprint.active_parameters,
+        ),
+        files={},
+        kinds=kinds,
+        layers=blueprint.layers,
+        shards=(),
+        plan=blueprint.plan,
+        resident=RESIDENT_NAME,
+        tokenizer=tokenizer,
+        generation=options.generation,
+        parity=PARITY_NAME if reference is not None else None,
+        card=card if card != Card() else None,
+        created=options.created or source.created,
+    )
+    return Draft(files, manifest, blueprint)
+
+
+def merge_cards(below: Card, above: Card) -> Card:
+    """`below` with every field that `above` says something in taken from there."""
+    said = {name: value for name in Card.__struct_fields__ if (value := getattr(above, name))}
+    return msgspec.structs.replace(below, **said)
 
 
 class StoredTensors(Mapping[str, FloatArray]):
@@ -146,12 +177,13 @@ def _encode(name: str, array: FloatArray, options: ExportOptions) -> np.ndarray[
         ) from error
 
 
-def _add_kinds(writer: PackageWriter, blueprint: Blueprint) -> dict[str, Kind]:
+def _kinds(blueprint: Blueprint, files: dict[str, bytes]) -> dict[str, Kind]:
+    """The manifest's kinds; their graphs are added to `files`."""
     kinds = {}
     for name, kind in blueprint.kinds.items():
         graph, external = f"graphs/expert_{name}.onnx", f"graphs/expert_{name}_external.onnx"
-        writer.add_file(graph, kind.graph)
-        writer.add_file(external, kind.graph_external)
+        files[graph] = kind.graph
+        files[external] = kind.graph_external
         kinds[name] = Kind(
             graph=graph,
             graph_external=external,
@@ -164,11 +196,11 @@ def _add_kinds(writer: PackageWriter, blueprint: Blueprint) -> dict[str, Kind]:
 def _add_shards(
     writer: PackageWriter,
     blueprint: Blueprint,
-    family: FamilyExporter,
-    tensors: Tensors,
+    source: ModelSource,
     options: ExportOptions,
     progress: Progress | None,
 ) -> None:
+    family = FAMILIES[source.family]
     total = sum(layer.experts for layer in blueprint.layers)
     done = 0
     for layer in blueprint.layers:
@@ -176,18 +208,10 @@ def _add_shards(
         for expert in range(layer.experts):
             names = family.expert_names(layer.layer, expert)
             arrays = {
-                tensor: _encode(name, tensors[name], options) for tensor, name in names.items()
+                tensor: _encode(name, source.tensors[name], options)
+                for tensor, name in names.items()
             }
             writer.add_shard(layer.layer, expert, encode_shard(layout, layer.layer, expert, arrays))
             done += 1
             if progress:
                 progress(done, total)
-
-
-def _add_tokenizer(writer: PackageWriter, source: ModelSource) -> Tokenizer | None:
-    if source.tokenizer is None:
-        return None
-    if source.tokenizer == "bytes":
-        return Tokenizer(kind="bytes")
-    writer.add_file(TOKENIZER_NAME, source.tokenizer)
-    return Tokenizer(kind="tokenizers", file=TOKENIZER_NAME)

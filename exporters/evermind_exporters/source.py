@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -65,8 +65,8 @@ def read_source(path: Path) -> ModelSource:
         return _read_folder(path)
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file or folder")
-    with path.open("rb") as file:
-        head = file.read(16)
+    with path.open("rb") as opened:
+        head = opened.read(16)
     # Magic words first: a checkpoint's ninth byte may look like the brace of a JSON header.
     if not is_peer_file(head) and head[8:9] == b"{":
         return _read_state_dict(path, path.parent)
@@ -92,6 +92,16 @@ def peer_source(file: PeerFile) -> ModelSource:
         created=values.get("createdAt"),
         attachments=attachments(peer, file.read_codec()),
     )
+
+
+def with_peer_tokenizer(source: ModelSource, path: Path) -> ModelSource:
+    """`source` with the tokenizer of a peer's files at `path`; see `read_peer_tokenizer`.
+
+    Raises `CheckpointError` if the model has no vocabulary.
+    """
+    if "vocabSize" not in source.config:
+        raise CheckpointError(f"{path}: a {source.family!r} model has no use for a tokenizer")
+    return replace(source, tokenizer=read_peer_tokenizer(path, source.config["vocabSize"]))
 
 
 def _read_folder(folder: Path) -> ModelSource:

@@ -28,15 +28,19 @@ def check_trailer(data: memoryview, where: str) -> memoryview:
             f"{where}: CRC trailer: expected {TRAILER_BYTES} bytes, found {len(data)}"
         )
     body = data[:-TRAILER_BYTES]
-    magic, stored = _TRAILER.unpack(data[-TRAILER_BYTES:])
+    check_crc(data[-TRAILER_BYTES:], zlib.crc32(body), where)
+    return body
+
+
+def check_crc(trailer: memoryview, computed: int, where: str) -> None:
+    """Raise `CheckpointError` unless the 8-byte `trailer` states the CRC that was computed."""
+    magic, stored = _TRAILER.unpack(trailer)
     if magic != TRAILER_MAGIC:
         raise CheckpointError(
             f"{where}: CRC trailer: expected magic 0x{TRAILER_MAGIC:08X}, found 0x{magic:08X}"
         )
-    computed = zlib.crc32(body)
     if computed != stored:
         raise CheckpointError(
             f"{where}: CRC-32: expected 0x{stored:08X} (trailer), found 0x{computed:08X}",
             hint="The file was changed or damaged after it was written.",
         )
-    return body

@@ -39,6 +39,7 @@ _CARD_KEYS: Final = {
     "tags": "tags",
 }
 _MAX_DEPTH = 32
+_MAX_NAME = 256  # characters, evermind_manifests.manifest.Name
 _U32 = 2**32
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "name": str,
@@ -64,6 +65,16 @@ class PeerManifest:
     text: str
     family: Family
     config: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str | None:
+        """The model's name; `None` where it is missing or no name of ours (1 to 256 characters)."""
+        return _as_name(self.values.get("name"))
+
+    @property
+    def version(self) -> str | None:
+        """The model's version; `None` as for `name`."""
+        return _as_name(self.values.get("version"))
 
     @property
     def media(self) -> bool:
@@ -227,6 +238,10 @@ def _expect(right: bool, where: str, key: str, expected: str, values: Mapping[st
     if not right:
         found = repr(values[key])[:80] if key in values else "nothing"
         raise CheckpointError(f"{where}: manifest: {key}: expected {expected}, found {found}")
+
+
+def _as_name(value: str | None) -> str | None:
+    return value if value and len(value) <= _MAX_NAME else None
 
 
 def _is_u32(value: Any) -> bool:
