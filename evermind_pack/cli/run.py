@@ -133,20 +133,21 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
     if args.state_in:
         state.restore(read_arrays(args.state_in))
     stream = not args.json
-    if stream and args.prompt is not None:
-        print(args.prompt, end="", flush=True)
     tokens: list[int] = []
     pieces: list[str] = []
     started = time.perf_counter()
     first = started
-    for piece in model.generate(
+    generated = model.generate(
         prompt,
         max_new_tokens=args.max_new,
         temperature=args.temperature,
         seed=args.seed,
         stop_tokens=args.stop_token,
         state=state,
-    ):
+    )
+    if stream and args.prompt is not None:
+        print(args.prompt, end="", flush=True)
+    for piece in generated:
         if not tokens:
             first = time.perf_counter()
         tokens.append(piece.token)
