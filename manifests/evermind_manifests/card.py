@@ -124,8 +124,9 @@ def _configuration(manifest: Manifest) -> str:
 
 
 def _run_command(manifest: Manifest) -> str:
-    if _generates_text(manifest) and manifest.tokenizer is not None:
-        return "evermind-pack run . --prompt 'Once upon a time' --max-new 64"
+    if _generates_text(manifest):
+        prompt = "--tokens 1,2,3" if manifest.tokenizer is None else "--prompt 'Once upon a time'"
+        return f"evermind-pack run . {prompt} --max-new 64"
     return "evermind-pack run . --inputs inputs.npz --outputs outputs.npz"
 
 

@@ -239,7 +239,8 @@ def _read_member(data: bytearray, position: int, where: str) -> tuple[_Member | 
     if name.endswith("/") and size == 0:
         return None, end
     try:
-        check_path(name)
+        # Hidden files may lie in the archive, but are no part of the package.
+        check_path("/".join(part.lstrip(".") for part in name.split("/")))
     except PathError as error:
         raise PathError(f"{where}: {error.message}") from None
     place = f"{where}: {name}"

@@ -65,7 +65,16 @@ def test_a_compressed_member(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.json", "/etc/x.json", "a/../../x.json", "C:x.json", "a\\..\\x.json", "nul"]
+    "name",
+    [
+        "../x.json",
+        "/etc/x.json",
+        "a/../../x.json",
+        "C:x.json",
+        "a\\..\\x.json",
+        "nul",
+        ".a/../../x",
+    ],
 )
 def test_a_member_that_leads_out(tmp_path: Path, name: str) -> None:
     def rename(info: zipfile.ZipInfo) -> None:

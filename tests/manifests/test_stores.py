@@ -65,6 +65,13 @@ class TestZipStore(StoreTests):
     def store(self, tmp_path: Path) -> Store:
         return ZipStore(write_zip(tmp_path / "p.zip"))
 
+    def test_hidden_files_are_not_listed(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(write_zip(tmp_path / "p.zip"), "a") as archive:
+            archive.writestr(".gitattributes", b"")
+            archive.writestr(".cache/x", b"")
+        with ZipStore(tmp_path / "p.zip") as store:
+            assert list(store.paths()) == sorted(FILES)
+
 
 @pytest.mark.parametrize("make", [write_folder, lambda root: write_zip(root / "p.zip")])
 def test_extents(tmp_path: Path, make: object) -> None:
