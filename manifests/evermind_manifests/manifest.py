@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from .errors import ManifestError, UnsupportedError
+from .unique_keys import unique_keys
 
 SCHEMA: Final = "evermind.package/1"
 MANIFEST_NAME = "manifest.json"
@@ -258,13 +259,11 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         _check_envelope(envelope, where)
         manifest = _MANIFEST.decode(data)
         # msgspec keeps the last of two equal keys: a second reader may keep the first.
-        json.loads(data, object_pairs_hook=_refuse_duplicates)
+        json.loads(data, object_pairs_hook=unique_keys)
     except ManifestError:
         raise
     except ValueError as error:
         raise ManifestError(f"{where}: {error}") from error
-    except _DuplicateKeyError as error:
-        raise ManifestError(f"{where}: the key {error.key!r} stands twice in one object") from None
     except RecursionError:
         raise ManifestError(f"{where}: nested too deeply to be a manifest") from None
     return manifest
@@ -278,22 +277,6 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def package_digest(manifest_bytes: bytes) -> str:
     """A package's identity: the sha256 (hex) of its manifest.json."""
     return hashlib.sha256(manifest_bytes).hexdigest()
-
-
-class _DuplicateKeyError(Exception):
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(key)
-            seen.add(key)
-    return result
 
 
 def _check_envelope(envelope: _Envelope, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +17,7 @@ from msgspec import Struct
 from .dtypes import tensor_bytes
 from .errors import IntegrityError, TruncatedError
 from .manifest import Bytes, DType, Name, Shape
+from .unique_keys import unique_keys
 
 PREFIX_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
@@ -98,19 +99,12 @@ def _parse(text: bytes, where: str) -> dict[str, _Entry]:
     if not text.startswith(b"{"):
         raise IntegrityError(f"{where}: header: expected a JSON object, found {text[:1]!r}")
     try:
-        raw = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        raw = json.loads(text, object_pairs_hook=unique_keys)
         metadata = raw.pop("__metadata__", {})
         msgspec.convert(metadata, dict[str, str])
         return msgspec.convert(raw, dict[Name, _Entry])
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where}: header: {error or type(error).__name__}") from error
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return result
 
 
 def _check_entry(name: str, entry: _Entry, start: int, where: str) -> TensorRange:

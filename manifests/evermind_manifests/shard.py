@@ -25,6 +25,7 @@ from msgspec import Meta, Struct
 from .dtypes import STORAGE, decode, tensor_bytes
 from .errors import ExportError, ShardError, TruncatedError
 from .manifest import Bytes, DType, Kind, Name, Shape, Shard, TensorSpec
+from .unique_keys import unique_keys
 
 MAGIC: Final = 0x4D6F4530
 VERSION: Final = 3
@@ -340,20 +341,13 @@ def _sorted(value: Any) -> Any:
 def _unpack_header(data: bytes, where: str) -> _RawHeader:
     try:
         raw = msgpack.unpackb(
-            data, object_pairs_hook=_refuse_duplicates, ext_hook=_refuse_ext, strict_map_key=True
+            data, object_pairs_hook=unique_keys, ext_hook=_refuse_ext, strict_map_key=True
         )
         header = msgspec.convert(raw, _RawHeader)
     except (ValueError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ShardError(f"{where}: header: {error or type(error).__name__}") from error
     _check_extra(header.extra, where, ShardError)
     return header
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice in one map")
-    return result
 
 
 def _refuse_ext(code: int, _data: bytes) -> Any:

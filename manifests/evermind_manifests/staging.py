@@ -49,17 +49,17 @@ class Staging:
         Raises `ExportError` if the destination exists and may not be replaced, or if
         another export to it is running.
         """
-        with self.disk(0):
-            self._make_parents()
-            self._take_lock()
-            try:
+        try:
+            with self.disk(0):
+                self._make_parents()
+                self._take_lock()
                 self._recover()
                 self._check_destination()
                 for entry in self.folder.iterdir():
                     _remove(entry)
-            except BaseException:
-                self.discard()
-                raise
+        except BaseException:
+            self.discard()
+            raise
 
     def publish(self, content: Path) -> None:
         """Make `content`, the scratch folder or a file in it, the destination; durably."""
@@ -99,7 +99,11 @@ class Staging:
         else:
             replaced = self._beside("replaced")
             self.destination.rename(replaced)
-            self.folder.rename(self.destination)
+            try:
+                self.folder.rename(self.destination)
+            except BaseException:
+                replaced.rename(self.destination)
+                raise
             self._scratch = replaced
         os.close(old)
 

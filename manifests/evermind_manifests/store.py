@@ -46,7 +46,8 @@ class Store(Protocol):
     def paths(self) -> Iterable[str]:
         """Everything that lies in the package and is not a folder, in sorted order.
 
-        Names that begin with a dot are left out: no package path can have one.
+        Names that begin with a dot are left out: no package path can have one. Raises
+        `ManifestError` where folders are nested too deeply, `IntegrityError` on a read error.
         """
         ...
 
@@ -80,8 +81,11 @@ def open_store(location: str | os.PathLike[str]) -> Store:
         raise MissingFileError(f"{path}: there is no such folder or file")
     if not path.is_file():
         raise ManifestError(f"{path}: expected a package folder or zip, found neither")
-    with path.open("rb") as file:
-        head = file.read(4)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise MissingFileError(f"{path}: {error.strerror}") from error
     if head == b"PK\x03\x04":
         return ZipStore(path)
     raise ManifestError(
@@ -123,7 +127,10 @@ class DirectoryStore(Store):
 
     def paths(self) -> Iterable[str]:
         """See `Store.paths`."""
-        return sorted(_walk(self._root, self.location))
+        try:
+            return sorted(_walk(self._root, self.location))
+        except OSError as error:
+            raise IntegrityError(f"{self.location}: cannot be listed: {error.strerror}") from error
 
     def open_extent(self, path: str, flags: int = 0) -> tuple[int, int, int]:
         """(descriptor, offset, length) of the file, for readers with their own way to read.

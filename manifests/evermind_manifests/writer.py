@@ -8,6 +8,7 @@ error, Ctrl-C or a forgotten `finish` leaves nothing behind.
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Literal, Self, TypeAlias
@@ -123,7 +124,9 @@ class PackageWriter:
         trace: TracebackType | None,
     ) -> None:
         if self._pool is not None:
-            self._pool.file.close()
+            # Closing flushes, and fails again where writing did.
+            with suppress(OSError):
+                self._pool.file.close()
         if self._open:
             self._open = False
             self._staging.discard()

@@ -159,24 +159,27 @@ def test_an_error_at_the_very_end(
     assert listing(tmp_path) == []
 
 
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A file-size limit is the full disk every machine has: the write itself fails."""
+@pytest.mark.parametrize("name", ["p", "p.zip"])
+@pytest.mark.parametrize("layout", ["files", "pool"])
+def test_a_write_that_really_fails(tmp_path: Path, name: str, layout: str) -> None:
+    """A limit on the size of files is the full disk that every machine has."""
     script = (
         "import resource, signal, sys; from pathlib import Path;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300));"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
         "from tests.manifests.builders import write_tiny;"
-        "write_tiny(Path(sys.argv[1]))"
+        "write_tiny(Path(sys.argv[1]), layout=sys.argv[2],"
+        " graphs={'profile.json': bytes(3000)} if sys.argv[2] == 'files' else {})"
     )
     done = subprocess.run(
-        [sys.executable, "-B", "-c", script, str(tmp_path / "p")],
+        [sys.executable, "-B", "-c", script, str(tmp_path / name), layout],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode != 0
-    assert f"ExportError: {tmp_path / 'p'}: cannot be written: File too large" in done.stderr
+    assert f"ExportError: {tmp_path / name}: cannot be written: File too large" in done.stderr
     assert listing(tmp_path) == []
 
 

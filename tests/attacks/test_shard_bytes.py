@@ -141,7 +141,7 @@ def test_swapped_experts(tmp_path: Path, cut: tuple[int, int]) -> None:
         (forge(b"\xc1"), "header: "),
         (forge(msgpack.packb(HEADER) + b"\0"), "header: "),
         (forge(msgpack.packb(HEADER)[:-3]), "header: "),
-        (forge(b"\x82\xa1a\x01\xa1a\x02"), "a key stands twice"),
+        (forge(b"\x82\xa1a\x01\xa1a\x02"), "the key 'a' stands twice in one object"),
         (forge(b"\x81\x01\x02"), "header: "),
         (forge(b"\x91" * 100, 448), "header: "),
         (forge(b"\xdd\xff\xff\xff\xff"), "header: "),
