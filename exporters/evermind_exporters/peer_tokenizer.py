@@ -18,6 +18,7 @@ from evermind_manifests.errors import CheckpointError, MissingFileError
 TOKENIZER_NAME: Final = "tokenizer.json"
 VOCAB_NAME: Final = "vocab.json"
 MERGES_NAME: Final = "merges.txt"
+_MAX_ID = 2**32
 _MAX_BYTES = 256 * 1024 * 1024
 
 # JavaScript's \s: it has U+FEFF, and neither U+0085 nor U+001C to U+001F (section 14.2).
@@ -35,11 +36,11 @@ _PIECES: Final = "|".join(
 )
 
 
-def read_peer_tokenizer(path: Path, vocab_size: int) -> bytes:
+def read_peer_tokenizer(path: Path) -> bytes:
     """A tokenizer.json from `path`: that file, or a folder with it or vocab.json and merges.txt.
 
-    Raises `CheckpointError` for files that are malformed or name ids a model of `vocab_size`
-    tokens does not have, `MissingFileError` where there are none.
+    Raises `CheckpointError` for malformed files, `MissingFileError` where there are none. Ids
+    beyond the model's vocabulary are allowed, as in the peer: running refuses them.
     """
     file = path / TOKENIZER_NAME if path.is_dir() else path
     if file.is_file():
@@ -54,7 +55,7 @@ def read_peer_tokenizer(path: Path, vocab_size: int) -> bytes:
         raise MissingFileError(
             f"{path}: expected {TOKENIZER_NAME}, or {VOCAB_NAME} with {MERGES_NAME}"
         )
-    return peer_tokenizer(_checked(vocab, vocab_size, str(file)), _pairs(merges, str(file)))
+    return peer_tokenizer(_checked(vocab, str(file)), _pairs(merges, str(file)))
 
 
 def peer_tokenizer(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> bytes:
@@ -137,16 +138,16 @@ def _pairs(merges: list[Any], where: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _checked(vocab: Any, vocab_size: int, where: str) -> dict[str, int]:
+def _checked(vocab: Any, where: str) -> dict[str, int]:
     if not isinstance(vocab, dict):
         raise CheckpointError(
             f"{where}: vocabulary: expected an object, found {type(vocab).__name__}"
         )
     for token, number in vocab.items():
-        if type(number) is not int or not 0 <= number < vocab_size:
+        if type(number) is not int or not 0 <= number < _MAX_ID:
             raise CheckpointError(
-                f"{where}: token {token[:40]!r}: expected an id from 0 to {vocab_size - 1} "
-                f"(vocabSize), found {str(number)[:40]}"
+                f"{where}: token {token[:40]!r}: expected an id, a number from 0 on, "
+                f"found {str(number)[:40]}"
             )
     if len(set(vocab.values())) != len(vocab):
         raise CheckpointError(f"{where}: vocabulary: two tokens have the same id")

@@ -101,7 +101,7 @@ def with_peer_tokenizer(source: ModelSource, path: Path) -> ModelSource:
     """
     if "vocabSize" not in source.config:
         raise CheckpointError(f"{path}: a {source.family!r} model has no use for a tokenizer")
-    return replace(source, tokenizer=read_peer_tokenizer(path, source.config["vocabSize"]))
+    return replace(source, tokenizer=read_peer_tokenizer(path))
 
 
 def _read_folder(folder: Path) -> ModelSource:
@@ -166,7 +166,7 @@ def _read_bundle(weights: Path, folder: Path, raw: dict[str, Any]) -> ModelSourc
     tensors.check(canonical_shapes("evermind-lm", config))
     tokenizer = None
     if (folder / TOKENIZER_NAME).is_file() or (folder / VOCAB_NAME).is_file():
-        tokenizer = read_peer_tokenizer(folder, config["vocabSize"])
+        tokenizer = read_peer_tokenizer(folder)
     return ModelSource("evermind-lm", config, tensors, folder.resolve().name, tokenizer)
 
 

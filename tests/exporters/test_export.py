@@ -98,9 +98,7 @@ def test_the_external_twin_of_an_expert_computes_the_same(tmp_path: Path) -> Non
         plain = ort.InferenceSession(opened.read_file(kind.graph), providers=providers)
         contents = opened.read_shard(1, 3)
         x = np.random.default_rng(0).normal(size=(5, LM_CONFIG["dModel"])).astype(np.float32)
-        weights = {
-            spec.name: contents.array(spec.name).astype(np.float16) for spec in kind.tensors
-        }
+        weights = {spec.name: contents.array(spec.name).astype(np.float16) for spec in kind.tensors}
         (expected,) = plain.run(None, {"x": x, **weights})
         (found,) = twin.run(None, {"x": x})
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -152,6 +152,12 @@ def write_evermind(
         raise CheckpointError(
             f".evermind: modelType: expected {family!r}, found {manifest.family!r} (manifest)"
         )
+    for key in dim_names(family):
+        if manifest.config[key] != checkpoint.config[key]:
+            raise CheckpointError(
+                f".evermind: {key}: expected {checkpoint.config[key]}, "
+                f"found {manifest.config[key]} (manifest)"
+            )
     if manifest.media and not codec:
         raise CheckpointError(".evermind: a media model's codec section is missing")
     if family == "evermind-lm":

@@ -1,0 +1,96 @@
+"""`evermind-pack convert`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from evermind_manifests.errors import InputError, MissingExtraError
+from evermind_manifests.package import open_package
+
+from .terminal import human_bytes, print_json, print_table
+
+EXAMPLES = """\
+  evermind-pack convert shakespeare/ -o shakespeare.evermind --to evermind
+  evermind-pack convert layer/ -o layer.moe0 --to moe0 --f32
+  evermind-pack convert shakespeare/ -o model.evl0 --to evl0 --fp16 --fp16-rounding truncate"""
+
+_TARGETS = ("moe0", "evl0", "lmbc", "evermind", "safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The package, the file to write, its format and precision."""
+    parser.add_argument("package", metavar="PKG", help="a package folder or .zip file")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, required=True, help="the file to write"
+    )
+    parser.add_argument(
+        "--to",
+        choices=_TARGETS,
+        required=True,
+        help="the peer's format: moe0 (a lone MoE layer), evl0 (a language model), lmbc (limbic), "
+        "evermind (either of the first two with its manifest), safetensors (a language model)",
+    )
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="write half precision")
+    precision.add_argument(
+        "--f32",
+        action="store_true",
+        help="write float32 (default: half if the package's experts are f16, else float32)",
+    )
+    parser.add_argument(
+        "--fp16-rounding",
+        choices=("nearest", "truncate"),
+        default="nearest",
+        help="how float32 weights become half; truncate gives the peer's own bytes "
+        "(default: nearest)",
+    )
+    parser.add_argument(
+        "--no-trailer",
+        action="store_true",
+        help="leave out the CRC after an EVL0 checkpoint, as the peer did before 2026.6.34",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, then say what was written."""
+    if args.no_trailer and args.to not in ("evl0", "evermind"):
+        raise InputError(f"--no-trailer has no meaning with --to {args.to}")
+    try:
+        from evermind_exporters import convert_package, write_file
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnx", "export", "Converting") from error
+
+    with open_package(args.package) as package:
+        data = convert_package(
+            package,
+            args.to,
+            half=True if args.fp16 else False if args.f32 else None,
+            rounding=args.fp16_rounding,
+            trailer=not args.no_trailer,
+        )
+        family = package.manifest.family
+    write_file(args.output, data, overwrite=args.force)
+    digest = hashlib.sha256(data).hexdigest()
+    if args.json:
+        print_json(
+            {
+                "file": str(args.output),
+                "format": args.to,
+                "family": family,
+                "bytes": len(data),
+                "sha256": digest,
+            }
+        )
+    elif not args.quiet:
+        print_table(
+            {
+                "file": f"{args.output}  ({human_bytes(len(data))})",
+                "format": args.to,
+                "family": family,
+                "sha256": digest,
+            }
+        )
+    return 0
