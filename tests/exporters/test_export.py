@@ -22,6 +22,7 @@ from evermind_manifests.errors import (
 )
 from evermind_manifests.package import open_package
 from evermind_manifests.validate import validate
+from evermind_runtime import onnx_runtime
 from safetensors.numpy import save_file
 
 from evermind_pack.models import MODELS
@@ -89,13 +90,16 @@ def test_the_external_twin_of_an_expert_computes_the_same(tmp_path: Path) -> Non
         shard = opened.shard(1, 3)
         data = np.zeros(shard.bytes, dtype=np.uint8)
         opened.store.read_into(shard.file, shard.offset, data.data)
-        options = ort.SessionOptions()
+        onnx_runtime.start()
+        options = onnx_runtime.session_options()
         options.add_external_initializers_from_files_in_memory(
             ["expert.bin"], [data], [data.nbytes]
         )
         providers = ["CPUExecutionProvider"]
         twin = ort.InferenceSession(opened.read_file(kind.graph_external), options, providers)
-        plain = ort.InferenceSession(opened.read_file(kind.graph), providers=providers)
+        plain = ort.InferenceSession(
+            opened.read_file(kind.graph), onnx_runtime.session_options(), providers
+        )
         contents = opened.read_shard(1, 3)
         x = np.random.default_rng(0).normal(size=(5, LM_CONFIG["dModel"])).astype(np.float32)
         weights = {spec.name: contents.array(spec.name).astype(np.float16) for spec in kind.tensors}
