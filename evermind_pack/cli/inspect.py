@@ -6,26 +6,28 @@ import argparse
 from typing import Any
 
 from evermind_manifests.manifest import Manifest
-from evermind_manifests.package import Package, open_package
+from evermind_manifests.package import Package
 from evermind_runtime.budget import token_cycle_bytes, total_expert_bytes, working_set_bytes
+from evermind_runtime.openers import open_location
 
 from .terminal import human_bytes, print_json, print_table
 
 EXAMPLES = """\
   evermind-pack inspect shakespeare/
   evermind-pack inspect shakespeare/ --json
-  evermind-pack inspect shakespeare/ --shards"""
+  evermind-pack inspect shakespeare/ --shards
+  evermind-pack inspect model.evermind"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The package, and whether to list every shard."""
-    parser.add_argument("package", metavar="PKG", help="a package folder or .zip file")
+    parser.add_argument("package", metavar="PKG", help="a package, or a peer's model file")
     parser.add_argument("--shards", action="store_true", help="list every shard too")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the summary. Only the manifest is read."""
-    with open_package(args.package) as package:
+    """Print the summary. Only the manifest is read; of a peer's file, all of it."""
+    with open_location(args.package) as package:
         summary = summarize(package)
         manifest = package.manifest
     if args.json:

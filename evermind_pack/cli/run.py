@@ -19,13 +19,14 @@ from .terminal import human_bytes, print_json, print_table, remark
 EXAMPLES = """\
   evermind-pack run shakespeare/ --prompt "def " --max-new 64 --budget 25%
   evermind-pack run shakespeare/ --tokens 1,2,3 --max-new 16 --temperature 0.8 --seed 7 --json
+  evermind-pack run model.evermind --tokens 1,2,3 --max-new 16 --budget 25%
   evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
   evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Either a prompt to continue, or arrays to push through."""
-    parser.add_argument("package", metavar="PKG", help="a package folder or .zip file")
+    parser.add_argument("package", metavar="PKG", help="a package, or a peer's model file")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="text to continue")
     what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")

@@ -119,11 +119,9 @@ def encode_shard(
     expected = {spec.name for spec in layout.tensors}
     if set(arrays) != expected:
         raise ExportError(f"{place}: expected tensors {sorted(expected)}, found {sorted(arrays)}")
-    header = _pack_header(
-        layer, expert, layout.kind, layout.activation, layout.tensors, layout.extra
-    )
-    parts: list[Buffer] = [_PREFIX.pack(MAGIC, VERSION, len(header), layout.data_offset), header]
-    position = PREFIX_BYTES + len(header)
+    header = encode_header(layout, layer, expert)
+    parts: list[Buffer] = [header]
+    position = len(header)
     for spec in layout.tensors:
         array = arrays[spec.name]
         if array.dtype != STORAGE[spec.dtype] or array.shape != spec.shape:
@@ -136,6 +134,14 @@ def encode_shard(
         position = spec.offset + spec.bytes
     parts.append(bytes(layout.bytes - position))
     return b"".join(parts)
+
+
+def encode_header(layout: ShardLayout, layer: int, expert: int) -> bytes:
+    """The first bytes of a shard: prefix and header, without the padding before the tensors."""
+    header = _pack_header(
+        layer, expert, layout.kind, layout.activation, layout.tensors, layout.extra
+    )
+    return _PREFIX.pack(MAGIC, VERSION, len(header), layout.data_offset) + header
 
 
 def read_prefix(data: Buffer, size: int, where: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Manifest
-from evermind_manifests.package import Package, open_package
+from evermind_manifests.package import Package
 
 from . import onnx_runtime
 from .arrays import check_inputs, slice_tokens, tokens_in
@@ -21,6 +21,7 @@ from .budget import parse_budget, thrash_warning, total_expert_bytes
 from .decode import BoundDecode
 from .devices import open_device
 from .generation import Piece, generate
+from .openers import open_location
 from .pager import Pager, Verify
 from .program import Engine, run_program
 from .resident import Resident
@@ -252,6 +253,9 @@ def load(
 ) -> Model:
     """Open a package (a folder, or one `.zip` file) and make it ready to run.
 
+    A file of another kind is opened by whoever registered for its first four bytes, see
+    `openers.py`; with the `[export]` extra that is the peer's files.
+
     `budget` is the most that experts may take in memory, in bytes, as text (`"64MiB"`) or as
     a share of all expert bytes (`"25%"`); by default all may be resident. It is never
     exceeded. `device` is `"cpu"`, `"cuda"` or `"cuda:N"`. `threads` sizes the process's pool
@@ -262,7 +266,7 @@ def load(
     thread count that cannot be had, `ManifestError` or `IntegrityError` for a package that
     is not what it should be.
     """
-    package = open_package(location)
+    package = open_location(location)
     try:
         return Model(package, budget=budget, device=device, threads=threads, verify=verify)
     except BaseException:

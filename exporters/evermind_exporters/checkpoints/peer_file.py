@@ -13,7 +13,7 @@ import struct
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ class PeerFile:
             self.manifest = self._container.manifest
             # The manifest's config has the seed and other keys a checkpoint has no room for.
             self.config = self.manifest.config
-        self.dtype: DType = "f16" if self._header.half else "f32"
+        self.dtype: Literal["f16", "f32"] = "f16" if self._header.half else "f32"
         self._tensors = _Tensors(
             disk,
             self._begin + self._layout.header_bytes,
