@@ -5,20 +5,32 @@ Nothing here prints: progress goes to an `on_step` callback.
 
 from __future__ import annotations
 
-from .corpus import Corpus, build_corpus, read_documents, standard_library, stream_windows
+from .corpus import (
+    LIBRARY_TABLES,
+    SKIPPED_FOLDERS,
+    Corpus,
+    build_corpus,
+    read_documents,
+    standard_library,
+    stream_windows,
+)
 from .language import LanguagePlan, language_plan, resume_language_model, train_language_model
 from .limbic_trainer import LimbicBatch, LimbicTrainer, LimbicTrainerOptions
 from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
 from .loop import DivergedError, TrainingResult, run_training, stop_on_interrupt
 from .moe_trainer import MoeBatch, MoeEpoch, MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions, learning_rate
+from .presets import LanguagePreset, python_demo
 from .run_folder import RunFolder
 from .trainer import StepReport, Trainer
 
 __all__ = [
+    "LIBRARY_TABLES",
+    "SKIPPED_FOLDERS",
     "Corpus",
     "DivergedError",
     "LanguagePlan",
+    "LanguagePreset",
     "LimbicBatch",
     "LimbicTrainer",
     "LimbicTrainerOptions",
@@ -37,6 +49,7 @@ __all__ = [
     "build_corpus",
     "language_plan",
     "learning_rate",
+    "python_demo",
     "read_documents",
     "resume_language_model",
     "run_training",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,14 @@ from evermind_manifests.errors import ConfigError, InputError, MissingExtraError
 END_OF_TEXT = "<|endoftext|>"
 BYTE_VOCABULARY = 256
 
+SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+)
+# Folders of the standard library whose files are tables and documentation, not programs.
+LIBRARY_TABLES = frozenset({"encodings", "pydoc_data"})
+
 # A byte vocabulary has no token to spare: a blank line ends a document.
 _BYTE_SEPARATOR = b"\n\n"
-_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +61,16 @@ def standard_library() -> Path:
 def read_documents(
     sources: Iterable[Path],
     *,
-    suffixes: Sequence[str] = (".py", ".txt", ".md"),
+    suffixes: Collection[str] = (".py", ".txt", ".md"),
+    skip_folders: Collection[str] = SKIPPED_FOLDERS,
     max_bytes: int = 4_000_000,
 ) -> list[str]:
     """The texts of files, and of files with a suffix in folders, up to about `max_bytes`.
 
-    Folders of tests, caches and installed packages are skipped, as are files that are not
-    UTF-8. The order looks random but follows from paths inside each source, so a limit takes
-    a fair sample and always the same one. Raises `InputError` when nothing was found.
+    Folders named in `skip_folders` (tests, caches, installed packages) are left out, as are
+    files that are not UTF-8. The order looks random but follows from paths inside each source,
+    so a limit takes a fair sample and always the same one. Raises `InputError` when nothing
+    was found.
     """
     found: list[tuple[str, Path]] = []
     for source in sources:
@@ -71,7 +78,7 @@ def read_documents(
             found.append((source.name, source))
             continue
         for folder, folders, names in os.walk(source):
-            folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+            folders[:] = [name for name in folders if name not in skip_folders]
             paths = [Path(folder, name) for name in names]
             found += [(p.relative_to(source).as_posix(), p) for p in paths if p.suffix in suffixes]
     found.sort(key=lambda item: (hashlib.sha256(item[0].encode()).digest(), item[0]))

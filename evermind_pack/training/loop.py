@@ -71,7 +71,7 @@ def run_training(
     current step; `stop_on_interrupt` sets one on Ctrl-C. Raises `DivergedError` when the loss
     is not finite.
     """
-    run.truncate_metrics(trainer.steps)
+    run.tidy(trainer.steps)
     while trainer.steps < steps and not (stop is not None and stop.is_set()):
         report = trainer.step(batch_of(trainer.steps + 1))
         if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):

@@ -101,27 +101,13 @@ class RunFolder:
         Models are stored in float32: raises `CheckpointError` for one in another dtype, which
         would not resume as it was.
         """
-        name = f"{_CHECKPOINT}{trainer.steps:08d}"
-        final = self.path / name
-        if final.exists():
-            return final
-        _require_float32(trainer.model)
-        temporary = self.path / f"{_TEMPORARY}{name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        tensors = {
-            key: torch.from_numpy(value) for key, value in trainer.model.to_tensors().items()
-        }
-        save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
-        save_file(trainer.optimizer_tensors(), temporary / OPTIMIZER, metadata={"format": "pt"})
-        record = {"options": asdict(trainer.options), "plan": dict(plan), "step": trainer.steps}
-        (temporary / TRAINER).write_bytes(_json(record))
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync_folder(temporary)
-        temporary.rename(final)
+        final = self.path / f"{_CHECKPOINT}{trainer.steps:08d}"
+        if not final.exists():
+            _require_float32(trainer.model)
+            self._write_checkpoint(final, trainer, plan)
+        # Also when it was there already: a crash may have come just after it appeared.
+        _write(self.path / MODEL, (final / MODEL).read_bytes())
         _sync_folder(self.path)
-        self._publish(final / MODEL)
         for older in self._checkpoints()[:-1]:
             shutil.rmtree(older)
         return final
@@ -137,7 +123,7 @@ class RunFolder:
     def restore(self) -> AnyTrainer:
         """The trainer as the newest checkpoint left it.
 
-        Raises `CheckpointError` when a file of it is damaged, `ConfigError` when a value is wrong.
+        Raises `CheckpointError` when a file of it is damaged, `ConfigError` for a bad config.json.
         """
         folder = self.latest()
         config = _read_json(self.path / CONFIG)
@@ -163,20 +149,35 @@ class RunFolder:
         with (self.path / METRICS).open("ab") as file:
             file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop records of steps after `step`, which a resumed run will make again."""
+    def tidy(self, step: int) -> None:
+        """Drop what a crash left: half-written files, and metrics of steps after `step`."""
+        for left in self.path.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         path = self.path / METRICS
         if not path.exists():
             return
         kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
         _write(path, b"".join(line + b"\n" for line in kept))
 
+    def _write_checkpoint(self, final: Path, trainer: AnyTrainer, plan: Mapping[str, Any]) -> None:
+        temporary = final.with_name(_TEMPORARY + final.name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        tensors = {
+            key: torch.from_numpy(value) for key, value in trainer.model.to_tensors().items()
+        }
+        save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
+        save_file(trainer.optimizer_tensors(), temporary / OPTIMIZER, metadata={"format": "pt"})
+        record = {"options": asdict(trainer.options), "plan": dict(plan), "step": trainer.steps}
+        (temporary / TRAINER).write_bytes(_json(record))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync_folder(temporary)
+        temporary.rename(final)
+        _sync_folder(self.path)
+
     def _checkpoints(self) -> list[Path]:
         return sorted(path for path in self.path.glob(f"{_CHECKPOINT}*") if path.is_dir())
-
-    def _publish(self, weights: Path) -> None:
-        _write(self.path / MODEL, weights.read_bytes())
-        _sync_folder(self.path)
 
 
 def _require_float32(model: FamilyModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evermind_exporters.checkpoints import canonical_shapes
+from evermind_exporters import read_source
+from evermind_exporters.checkpoints import canonical_shapes, parameter_count, validate_config
 from evermind_manifests.errors import CheckpointError, ConfigError, InputError, MissingFileError
 from safetensors.numpy import load_file
 
@@ -30,6 +32,7 @@ from evermind_pack.training import (
     MoeTrainerOptions,
     RunFolder,
     language_plan,
+    python_demo,
     resume_language_model,
     run_training,
     stop_on_interrupt,
@@ -242,7 +245,35 @@ def test_the_other_families_resume_as_well(tmp_path, make, batch_of):
     assert losses[-1] < losses[0]
 
 
-def test_from_tensors_is_what_a_run_holds(whole):
-    config = json.loads((whole / "config.json").read_text())
-    model = EvermindLM.from_tensors(config, load_file(whole / "model.safetensors"))
+def test_a_run_folder_is_a_source_for_export(whole):
+    source = read_source(whole)
+    assert source.family == "evermind-lm"
+    assert source.tokenizer == "bytes"
+    trained = RunFolder.open(whole).restore().model.to_tensors()
+    assert {name: source.tensors[name].tobytes() for name in trained} == {
+        name: value.tobytes() for name, value in trained.items()
+    }
+    model = EvermindLM.from_tensors(source.config, dict(source.tensors))
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_a_crash_just_after_a_checkpoint_appeared_is_made_good(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors").unlink()
+    shutil.copytree(folder / "checkpoint-00000012", folder / "checkpoint-00000008")
+    assert resume_language_model(folder, CORPUS).finished
+    assert _contents(folder) == _contents(whole)
+
+
+def test_the_demo_preset_fits_together(tmp_path):
+    preset = python_demo(steps=50)
+    assert preset.options.total_steps == preset.plan.steps == 50
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text(f"def f{number}(x):\n    return x\n" * 40)
+    (tmp_path / "News.txt").write_text("nothing to learn from")
+    corpus = preset.corpus([tmp_path])
+    assert 256 < corpus.vocab_size <= preset.vocab_size
+    assert python_demo(steps=1).options.warmup_steps == 0
+    config = validate_config("evermind-lm", {**preset.config, "vocabSize": preset.vocab_size})
+    assert parameter_count("evermind-lm", config) == 4_626_944
