@@ -39,6 +39,8 @@ class LanguagePlan:
         for name in ("steps", "batch_size", "window", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"plan: {name}: expected 1 or more, found {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"plan: seed: expected 0 to 2^64 - 1, found {self.seed}")
 
 
 def train_language_model(
@@ -75,20 +77,29 @@ def resume_language_model(
         raise CheckpointError(
             f"{folder}: family: expected 'evermind-lm', found {trainer.model.family!r}"
         )
-    plan = run.plan()
-    if plan.pop("corpus", None) != corpus.sha256:
+    plan, digest = _read_plan(run)
+    if digest != corpus.sha256:
         raise ConfigError(
             f"{folder}: the corpus is not the one this run began with",
             hint="Gather it from the same files with the same options.",
         )
-    return _train(run, trainer, corpus, LanguagePlan(**plan), on_step, stop)
+    return _train(run, trainer, corpus, plan, on_step, stop)
 
 
 def language_plan(folder: Path) -> LanguagePlan:
     """The plan of a run to resume, for its `source`."""
-    plan = RunFolder.open(folder).plan()
-    plan.pop("corpus", None)
-    return LanguagePlan(**plan)
+    plan, _ = _read_plan(RunFolder.open(folder))
+    return plan
+
+
+def _read_plan(run: RunFolder) -> tuple[LanguagePlan, str]:
+    """The plan and the corpus's digest, as `_train` gave them to the checkpoint."""
+    record = run.plan()
+    try:
+        digest = str(record.pop("corpus"))
+        return LanguagePlan(**record), digest
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run.latest()}: not a language model's plan: {error}") from error
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -187,6 +188,14 @@ def test_resume_refuses_another_corpus_and_a_run_without_checkpoint(whole, tmp_p
     assert language_plan(whole) == PLAN
 
 
+@pytest.mark.parametrize(
+    "change", [{"seed": -1}, {"seed": 2**64}, {"steps": 0}, {"window": 0}, {"checkpoint_every": 0}]
+)
+def test_plans_that_cannot_be_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        dataclasses.replace(PLAN, **change)
+
+
 def test_a_new_run_does_not_overwrite_another(whole):
     with pytest.raises(InputError, match="empty folder"):
         train_language_model(whole, CORPUS, CONFIG, OPTIONS, PLAN)
@@ -243,6 +252,8 @@ def test_the_other_families_resume_as_well(tmp_path, make, batch_of):
         json.loads(line)["loss"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()
     ]
     assert losses[-1] < losses[0]
+    with pytest.raises(CheckpointError, match="plan"):
+        language_plan(tmp_path / "a")
 
 
 def test_a_run_folder_is_a_source_for_export(whole):
