@@ -48,7 +48,9 @@ def test_a_layer_imports_only_what_lies_below(layer: str) -> None:
     [
         ("evermind_manifests", {"onnxruntime", "onnx", "torch", "tokenizers"}),
         ("evermind_runtime", {"onnx", "torch", "tokenizers", "safetensors"}),
-        ("evermind_exporters", {"torch", "onnxruntime"}),
+        ("evermind_exporters.export", {"torch", "onnxruntime"}),
+        ("evermind_exporters.checkpoints", {"torch", "onnx", "onnxruntime", "safetensors"}),
+        ("evermind_pack.training", {"onnx", "onnxruntime"}),
         ("evermind_pack.cli", {"numpy", "onnx", "onnxruntime", "torch", "rich", "tokenizers"}),
         ("evermind_pack.cli.run", {"onnx", "torch", "rich", "tokenizers"}),
     ],

@@ -23,7 +23,8 @@ EXAMPLES = """\
   evermind-pack demo --budget 15%"""
 
 _INTERRUPTED = 130
-_STEPS = 400
+# About 80 seconds of training on two cores.
+_STEPS = 700
 
 
 class DemoError(EvermindPackError, RuntimeError):
@@ -50,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="25%",
         help="memory for experts when generating (default: 25%% of all)",
     )
-    parser.add_argument("--prompt", default="def ", help="text to continue (default: 'def ')")
+    parser.add_argument("--prompt", default="def", help="text to continue (default: def)")
     parser.add_argument(
         "--max-new", metavar="N", type=int, default=160, help="tokens to generate (default: 160)"
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.7, help="0 is greedy (default: 0.7)"
+        "--temperature", metavar="T", type=float, default=0.5, help="0 is greedy (default: 0.5)"
     )
     parser.add_argument("--seed", type=int, default=7, help="of the sampler (default: 7)")
 
@@ -121,8 +122,9 @@ def _headline(step: str, text: str, quiet: bool) -> None:
 def _train(folder: Path, args: argparse.Namespace, quiet: bool) -> bool:
     """Train, resume or reuse; whether the run is finished."""
     try:
-        from ..training import LanguagePlan, RunFolder, stop_on_interrupt
-        from .training_jobs import language_options, resume_job, train_lm
+        from ..training import RunFolder, stop_on_interrupt
+        from ..training.presets import python_demo
+        from .training_jobs import resume_job, train_lm
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train", "Training") from error
     started = any(folder.glob("checkpoint-*"))
@@ -135,19 +137,7 @@ def _train(folder: Path, args: argparse.Namespace, quiet: bool) -> bool:
         else:
             # What a killed run left before its first checkpoint.
             shutil.rmtree(folder, ignore_errors=True)
-            config = {
-                "dModel": 128,
-                "numLayers": 4,
-                "convKernel": 8,
-                "hiddenDim": 256,
-                "numExperts": 16,
-                "topK": 2,
-            }
-            source = {"paths": [], "vocab_size": 1024, "max_bytes": 4_000_000}
-            plan = LanguagePlan(steps=args.steps, source=source)
-            result = train_lm(
-                folder, config, language_options(args.steps), plan, stop=stop, quiet=quiet
-            )
+            result = train_lm(folder, python_demo(args.steps), stop=stop, quiet=quiet)
     if not result.finished:
         remark("stopped; the same command goes on from here")
     return result.finished

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", type=Path, help="go on from a run's last checkpoint"
     )
-    parser.add_argument("--steps", type=int, help="updates to make (default: 400)")
+    parser.add_argument("--steps", type=int, help="updates to make (default: 700 for lm, else 400)")
     parser.add_argument("--batch", type=int, help="sequences, or samples, per update")
     parser.add_argument("--lr", type=float, help="the highest learning rate")
     parser.add_argument("--seed", type=int, help="of the weights and of the data's order")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--vocab", type=int, help="256 for bytes, more for byte-level BPE (default: 1024)"
     )
-    text.add_argument("--max-bytes", type=int, help="of corpus to read (default: 4,000,000)")
+    text.add_argument("--max-bytes", type=int, help="of corpus to read (default: 3,000,000)")
     text.add_argument("--layers", type=int, help="layers (default: 4)")
     text.add_argument("--d-model", type=int, help="width (default: 128)")
     text.add_argument("--conv", type=int, help="tokens a convolution sees (default: 8)")

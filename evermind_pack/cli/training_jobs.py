@@ -15,11 +15,9 @@ from evermind_manifests.errors import InputError
 from ..models import LimbicModel, SharedExpertMoE
 from ..training import (
     Corpus,
-    LanguagePlan,
     LimbicBatch,
     LimbicTrainer,
     LimbicTrainerOptions,
-    LmTrainerOptions,
     MoeBatch,
     MoeTrainer,
     MoeTrainerOptions,
@@ -32,13 +30,13 @@ from ..training import (
     standard_library,
     train_language_model,
 )
+from ..training.presets import LanguagePreset, python_demo
 from ..training.run_folder import AnyTrainer
 from .arrays import read_arrays
 from .terminal import remark
 from .training_progress import training_progress
 
 _STEPS = 400
-_LM_BATCH = 16
 _CHECKPOINT_EVERY = 100
 
 
@@ -49,31 +47,7 @@ def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingRes
         if args.stdlib == bool(args.corpus):
             raise InputError("lm needs a corpus: --corpus PATH …, or --stdlib")
         _refuse(args, "data")
-        source = {
-            "paths": [str(path.resolve()) for path in args.corpus or ()],
-            "vocab_size": args.vocab or 1024,
-            "max_bytes": args.max_bytes or 4_000_000,
-        }
-        config = _given(
-            dModel=args.d_model or 128,
-            numLayers=args.layers or 4,
-            convKernel=args.conv or 8,
-            hiddenDim=args.hidden or 256,
-            numExperts=args.experts or 16,
-            topK=args.top_k or 2,
-            seed=args.seed,
-        )
-        options = language_options(args.steps or _STEPS)
-        options = dataclasses.replace(options, **_given(lr=args.lr, aux_weight=args.aux_weight))
-        plan = LanguagePlan(
-            steps=args.steps or _STEPS,
-            batch_size=args.batch or _LM_BATCH,
-            window=args.window or 128,
-            seed=args.seed or 0,
-            checkpoint_every=_CHECKPOINT_EVERY,
-            source=source,
-        )
-        return train_lm(args.output, config, options, plan, stop=stop, quiet=quiet)
+        return train_lm(args.output, _language_preset(args), stop=stop, quiet=quiet)
     _refuse(args, "corpus", "stdlib", "vocab", "max_bytes", "layers", "d_model", "conv", "window")
     if args.data is None:
         raise InputError(f"{args.family} needs --data NPZ")
@@ -92,38 +66,58 @@ def resume_job(folder: Path, *, stop: threading.Event, quiet: bool) -> TrainingR
         return resume_language_model(folder, corpus, on_step=on_step, stop=stop)
 
 
-def language_options(steps: int) -> LmTrainerOptions:
-    """Settings that train a small language model well in a few hundred steps."""
-    return LmTrainerOptions(
-        lr=4e-3,
-        schedule="cosine",
-        warmup_steps=min(40, max(steps // 10, 1)),
-        total_steps=max(steps, 2),
-        max_grad_norm=1.0,
-        weight_decay=0.01,
-    )
-
-
 def train_lm(
-    folder: Path,
-    config: Mapping[str, Any],
-    options: LmTrainerOptions,
-    plan: LanguagePlan,
-    *,
-    stop: threading.Event,
-    quiet: bool,
+    folder: Path, preset: LanguagePreset, *, stop: threading.Event, quiet: bool
 ) -> TrainingResult:
-    """Gather the plan's corpus and train on it with a progress bar."""
-    corpus = _corpus(plan.source, quiet)
+    """Gather the preset's corpus and train on it with a progress bar.
+
+    The files are those of `preset.plan.source`, or the standard library's if it names none;
+    the plan remembers them for a resumed run.
+    """
+    source = {
+        "paths": preset.plan.source.get("paths", []),
+        "vocab_size": preset.vocab_size,
+        "max_bytes": preset.corpus_bytes,
+    }
+    plan = dataclasses.replace(preset.plan, source=source)
+    corpus = _corpus(source, quiet)
     with training_progress(plan.steps, quiet=quiet) as on_step:
         return train_language_model(
-            folder, corpus, config, options, plan, on_step=on_step, stop=stop
+            folder, corpus, preset.config, preset.options, plan, on_step=on_step, stop=stop
         )
 
 
+def _language_preset(args: argparse.Namespace) -> LanguagePreset:
+    """The demo's settings, with what the arguments say instead."""
+    base = python_demo(args.steps or python_demo().plan.steps)
+    config = _given(
+        dModel=args.d_model,
+        numLayers=args.layers,
+        convKernel=args.conv,
+        hiddenDim=args.hidden,
+        numExperts=args.experts,
+        topK=args.top_k,
+        seed=args.seed,
+    )
+    plan = _given(batch_size=args.batch, window=args.window, seed=args.seed)
+    source = {"paths": [str(path.resolve()) for path in args.corpus or ()]}
+    return dataclasses.replace(
+        base,
+        config=base.config | config,
+        options=dataclasses.replace(base.options, **_given(lr=args.lr, aux_weight=args.aux_weight)),
+        plan=dataclasses.replace(base.plan, source=source, **plan),
+        **_given(vocab_size=args.vocab, corpus_bytes=args.max_bytes),
+    )
+
+
 def _corpus(source: Mapping[str, Any], quiet: bool) -> Corpus:
-    paths = [Path(path) for path in source["paths"]] or [standard_library()]
-    documents = read_documents(paths, max_bytes=source["max_bytes"])
+    limits: dict[str, Any] = {"max_bytes": source["max_bytes"]}
+    paths = [Path(path) for path in source["paths"]]
+    if not paths:
+        preset = python_demo()
+        paths = [standard_library()]
+        limits |= {"suffixes": preset.suffixes, "skip_folders": preset.skip_folders}
+    documents = read_documents(paths, **limits)
     corpus = build_corpus(documents, vocab_size=source["vocab_size"])
     remark(
         f"corpus: {len(documents):,} files, {len(corpus.train):,} tokens, "

@@ -1,10 +1,18 @@
-"""Write packages: graphs, shards and manifests from models and checkpoints."""
+"""Write packages: graphs, shards and manifests from models and checkpoints.
+
+The names below are loaded when they are first used, so that `evermind_exporters.checkpoints`,
+which needs numpy alone, can be had without onnx.
+"""
 
 from __future__ import annotations
 
-from .convert import convert_package, write_file
-from .export import ExportOptions, export_package
-from .source import ModelSource, read_source, with_peer_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .convert import convert_package, write_file
+    from .export import ExportOptions, export_package
+    from .source import ModelSource, read_source, with_peer_tokenizer
 
 __all__ = [
     "ExportOptions",
@@ -15,3 +23,21 @@ __all__ = [
     "with_peer_tokenizer",
     "write_file",
 ]
+
+_HOME = {
+    "ExportOptions": "export",
+    "ModelSource": "source",
+    "convert_package": "convert",
+    "export_package": "export",
+    "read_source": "source",
+    "with_peer_tokenizer": "source",
+    "write_file": "convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
