@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new", metavar="N", type=int, default=160, help="tokens to generate (default: 160)"
     )
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.5, help="0 is greedy (default: 0.5)"
+        "--temperature", metavar="T", type=float, default=0.8, help="0 is greedy (default: 0.8)"
     )
-    parser.add_argument("--seed", type=int, default=7, help="of the sampler (default: 7)")
+    parser.add_argument("--seed", type=int, default=3, help="of the sampler (default: 3)")
 
 
 def run(args: argparse.Namespace) -> int:
