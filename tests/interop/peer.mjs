@@ -135,11 +135,14 @@ const OPERATIONS = {
     };
   },
 
-  // Ids of each text, by the peer's tokenizer.
-  tokenize({ vocab, merges, texts }) {
+  // Ids of each text, and the text of each list of ids, by the peer's tokenizer.
+  tokenize({ vocab, merges, texts, lists }) {
     const tokenizer = new BPETokenizer();
     tokenizer.loadFromObjects(vocab, merges);
-    return { ids: texts.map((text) => tokenizer.encode(text)) };
+    return {
+      ids: texts.map((text) => tokenizer.encode(text)),
+      texts: lists.map((ids) => tokenizer.decode(ids)),
+    };
   },
 };
 

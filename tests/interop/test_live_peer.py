@@ -245,9 +245,34 @@ def test_a_thousand_texts_have_the_peers_ids(peer: Peer) -> None:
     rng = np.random.default_rng(1)
     texts = ["".join(rng.choice(words, rng.integers(1, 12))) for _ in range(1000)]
     texts += ["".join(chr(c) for c in rng.integers(1, 0x3000, 20)) for _ in range(200)]
-    answer = peer("tokenize", vocab=vocab, merges=lines, texts=texts)
+    lists = rng.integers(4, len(vocab) + 9, (300, 12)).tolist()
+    answer = peer("tokenize", vocab=vocab, merges=lines, texts=texts, lists=lists)
     for text, ids in zip(texts, answer["ids"], strict=True):
         assert ours.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        assert ours.decode(ids, skip_special_tokens=False) == text
+    for ids, text in zip(lists, answer["texts"], strict=True):
+        assert ours.decode(ids, skip_special_tokens=False) == text
+
+
+def test_where_the_tokenizers_differ(peer: Peer) -> None:
+    """The differences that docs/peer.md lists."""
+    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "ï": 4, "»": 5, "¿": 6, "é": 7, "漢": 8}
+    merges = [("a", "b"), ("ab", "c")]
+    ours = tokenizers.Tokenizer.from_buffer(peer_tokenizer(vocab, merges))
+    answer = peer(
+        "tokenize",
+        vocab=vocab,
+        merges=[" ".join(pair) for pair in merges],
+        texts=["abc"],
+        lists=[[4, 5, 6, 0], [8, 0]],
+    )
+    # A merge whose result has no id.
+    assert answer["ids"] == [[0, 1, 2]]
+    assert ours.encode("abc").ids == [3, 2]
+    # A byte-order mark at the start, and a token that is no string of bytes.
+    assert answer["texts"] == ["a", bytes([ord("漢") % 256]).decode(errors="replace") + "a"]
+    assert ours.decode([4, 5, 6, 0]) == "\ufeffa"
+    assert ours.decode([8, 0]) == "漢a"
 
 
 _PIECES = [
