@@ -16,7 +16,7 @@ EXAMPLES = """\
   evermind-pack convert layer/ -o layer.moe0 --to moe0 --f32
   evermind-pack convert shakespeare/ -o model.evl0 --to evl0 --fp16 --fp16-rounding truncate"""
 
-_TARGETS = ("moe0", "evl0", "lmbc", "evermind", "safetensors")
+_TARGETS = ("moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=_TARGETS,
         required=True,
         help="the peer's format: moe0 (a lone MoE layer), evl0 (a language model), lmbc (limbic), "
-        "evermind (either of the first two with its manifest), safetensors (a language model)",
+        "evermind (either of the first two with its manifest), safetensors and gguf (exports of a "
+        "language model)",
     )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="write half precision")

@@ -1,4 +1,4 @@
-"""From a package back to the peer's files: `MoE0`, `EVL0`, `LMBC`, `.evermind`, safetensors.
+"""From a package back to the peer's files: `MoE0`, `EVL0`, `LMBC`, `.evermind`, exports.
 
 float32 in gives float32 out byte for byte, and half gives half: resident weights lie in a
 package as float32, which holds a half exactly, and experts as they are.
@@ -33,12 +33,13 @@ from .checkpoints import (
     write_evl0,
     write_lmbc,
     write_moe0,
+    write_peer_gguf,
     write_peer_safetensors,
 )
 from .families import FAMILIES as EXPORTERS
 from .peer_attachments import read_attachments
 
-Target: TypeAlias = Literal["moe0", "evl0", "lmbc", "evermind", "safetensors"]
+Target: TypeAlias = Literal["moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf"]
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
 
 _HOLDS: Final[dict[Target, tuple[Family, ...]]] = {
@@ -47,6 +48,7 @@ _HOLDS: Final[dict[Target, tuple[Family, ...]]] = {
     "lmbc": ("limbic",),
     "evermind": ("shared-expert-moe", "evermind-lm"),
     "safetensors": ("evermind-lm",),
+    "gguf": ("evermind-lm",),
 }
 
 
@@ -83,6 +85,8 @@ def convert_package(
         return write_evl0(checkpoint, half, rounding, trailer=trailer)
     if target == "safetensors":
         return write_peer_safetensors(checkpoint, half, rounding)
+    if target == "gguf":
+        return write_peer_gguf(checkpoint, half, rounding, package.manifest.name)
     manifest, codec = _peer_manifest(package)
     return write_evermind(
         checkpoint, manifest, half=half, rounding=rounding, codec=codec, trailer=trailer

@@ -1,4 +1,4 @@
-"""The peer's safetensors export, byte for byte."""
+"""The peer's safetensors and GGUF exports, byte for byte."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from evermind_exporters.checkpoints import (
     read_evl0,
     read_moe0,
+    write_peer_gguf,
     write_peer_safetensors,
 )
 from evermind_manifests.errors import CheckpointError
@@ -18,6 +19,13 @@ def test_golden_export(golden):
         assert write_peer_safetensors(checkpoint, half) == case.bytes(name)
 
 
+def test_golden_gguf(golden):
+    case = golden("export_lm")
+    checkpoint = read_evl0(case.bytes("lm.v1.bin"), "lm")
+    for half, name in ((False, "model.gguf"), (True, "model.f16.gguf")):
+        assert write_peer_gguf(checkpoint, half, name="Tiny") == case.bytes(name)
+
+
 def test_metadata_is_appended(golden):
     checkpoint = read_evl0(golden("export_lm").bytes("lm.v1.bin"), "lm")
     data = write_peer_safetensors(checkpoint, metadata={"note": "Zoë"})
@@ -28,5 +36,6 @@ def test_metadata_is_appended(golden):
 
 def test_only_language_models(golden):
     moe = read_moe0(golden("moe_small").bytes("moe.v1.bin"), "moe")
-    with pytest.raises(CheckpointError, match="evermind-lm"):
-        write_peer_safetensors(moe)
+    for write in (write_peer_safetensors, write_peer_gguf):
+        with pytest.raises(CheckpointError, match="exports only 'evermind-lm'"):
+            write(moe)

@@ -102,9 +102,13 @@ def test_an_export_that_truncates_gives_the_peers_half_file(tmp_path):
     assert back(package, "evl0") == (GOLDEN / "lm_small" / "lm.v2.bin").read_bytes()
 
 
-def test_safetensors_is_the_peers(tmp_path):
-    package = there(GOLDEN / "export_lm" / "lm.v1.bin", tmp_path, False)
-    assert back(package, "safetensors") == (GOLDEN / "export_lm/model.safetensors").read_bytes()
+@pytest.mark.parametrize("target", ["safetensors", "gguf"])
+def test_exports_are_the_peers(tmp_path, target):
+    folder = GOLDEN / "export_lm"
+    package = there(folder / "lm.v1.bin", tmp_path, False, name="Tiny")
+    assert back(package, target) == (folder / f"model.{target}").read_bytes()
+    half = back(package, target, half=True, rounding="truncate")
+    assert half == (folder / f"model.f16.{target}").read_bytes()
 
 
 def test_the_peers_bundle_is_read(tmp_path):

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 
 import evermind_runtime as em
 import numpy as np
+import onnxruntime
 import pytest
 from evermind_exporters import ExportOptions, export_package, read_source
 from evermind_exporters.checkpoints import Checkpoint, write_evl0
@@ -107,6 +108,21 @@ def test_golden_numbers_from_an_evermind_file():
             y = model.forward({"x": np.float32(case["inputs"])})["y"]
         expected = np.array([one["output"] for one in case["expected"]])
         np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_the_peers_own_onnx_export_gives_the_same_logits():
+    case = json.loads((GOLDEN / "export_lm" / "case.json").read_text())
+    tokens = np.array([case["tokens"]])
+    with em.load(GOLDEN / "export_lm" / "lm.v1.bin", budget="50%") as model:
+        logits = model.forward({"tokens": tokens})["logits"]
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        dense = onnxruntime.InferenceSession(str(GOLDEN / "export_lm" / "model.onnx"), options)
+        expected = dense.run(None, {"input_ids": tokens})[0]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-6 * scale)
+    np.testing.assert_allclose(logits[0], case["logits"], rtol=0, atol=2e-6 * scale)
 
 
 def test_run_and_inspect_take_the_file(capsys):

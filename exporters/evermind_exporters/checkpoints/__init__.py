@@ -1,4 +1,4 @@
-"""The peer's files, in and out: `MoE0`, `EVL0`, `LMBC`, `EVD0`, `.evermind`, safetensors."""
+"""The peer's files, in and out: `MoE0`, `EVL0`, `LMBC`, `EVD0`, `.evermind`, and exports."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from .params import (
     parameter_count,
     validate_config,
 )
+from .peer_gguf import write_peer_gguf
 from .peer_manifest import PeerManifest, new_peer_manifest, parse_peer_manifest
 from .peer_safetensors import write_peer_safetensors
 
@@ -62,6 +63,7 @@ __all__ = [
     "write_evl0",
     "write_lmbc",
     "write_moe0",
+    "write_peer_gguf",
     "write_peer_safetensors",
 ]
 
