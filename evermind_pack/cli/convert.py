@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from evermind_manifests.errors import InputError, MissingExtraError
@@ -14,16 +15,22 @@ from .terminal import human_bytes, print_json, print_table
 EXAMPLES = """\
   evermind-pack convert shakespeare/ -o shakespeare.evermind --to evermind
   evermind-pack convert layer/ -o layer.moe0 --to moe0 --f32
-  evermind-pack convert shakespeare/ -o model.evl0 --to evl0 --fp16 --fp16-rounding truncate"""
+  evermind-pack convert shakespeare/ -o model.evl0 --to evl0 --fp16 --fp16-rounding truncate
+  evermind-pack convert shakespeare/ -o shakespeare-hf/ --to hf"""
 
-_TARGETS = ("moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf")
+_TARGETS = ("moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf", "hf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The package, the file to write, its format and precision."""
     parser.add_argument("package", metavar="PKG", help="a package folder or .zip file")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, required=True, help="the file to write"
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the file to write, or the folder for --to hf",
     )
     parser.add_argument(
         "--to",
@@ -31,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the peer's format: moe0 (a lone MoE layer), evl0 (a language model), lmbc (limbic), "
         "evermind (either of the first two with its manifest), safetensors and gguf (exports of a "
-        "language model)",
+        "language model), hf (a new folder: safetensors, its config.json and the tokenizer)",
     )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="write half precision")
@@ -60,38 +67,46 @@ def run(args: argparse.Namespace) -> int:
     if args.no_trailer and args.to not in ("evl0", "evermind"):
         raise InputError(f"--no-trailer has no meaning with --to {args.to}")
     try:
-        from evermind_exporters import convert_package, write_file
+        from evermind_exporters import (
+            convert_package,
+            convert_to_bundle,
+            write_file,
+            write_folder,
+        )
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export", "Converting") from error
 
+    half = True if args.fp16 else False if args.f32 else None
+    rounding = args.fp16_rounding
     with open_package(args.package) as package:
-        data = convert_package(
-            package,
-            args.to,
-            half=True if args.fp16 else False if args.f32 else None,
-            rounding=args.fp16_rounding,
-            trailer=not args.no_trailer,
-        )
         family = package.manifest.family
-    write_file(args.output, data, overwrite=args.force)
-    digest = hashlib.sha256(data).hexdigest()
+        if args.to == "hf":
+            files = convert_to_bundle(package, half=half, rounding=rounding)
+        else:
+            trailer = not args.no_trailer
+            data = convert_package(package, args.to, half=half, rounding=rounding, trailer=trailer)
+            files = {args.output.name: data}
+    if args.to == "hf":
+        write_folder(args.output, files)
+    else:
+        write_file(args.output, files[args.output.name], overwrite=args.force)
+    _print_result(args, family, files)
+    return 0
+
+
+def _print_result(args: argparse.Namespace, family: str, files: Mapping[str, bytes]) -> None:
+    size = sum(map(len, files.values()))
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     if args.json:
         print_json(
             {
-                "file": str(args.output),
+                "output": str(args.output),
                 "format": args.to,
                 "family": family,
-                "bytes": len(data),
-                "sha256": digest,
+                "bytes": size,
+                "sha256": digests,
             }
         )
     elif not args.quiet:
-        print_table(
-            {
-                "file": f"{args.output}  ({human_bytes(len(data))})",
-                "format": args.to,
-                "family": family,
-                "sha256": digest,
-            }
-        )
-    return 0
+        rows = {"written": f"{args.output}  ({human_bytes(size)})", "format": args.to}
+        print_table(rows | {"family": family} | digests)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .convert import convert_package, write_file
+    from .convert import convert_package, convert_to_bundle, write_file, write_folder
     from .export import ExportOptions, export_package
     from .source import ModelSource, read_source, with_peer_tokenizer
 
@@ -18,20 +18,24 @@ __all__ = [
     "ExportOptions",
     "ModelSource",
     "convert_package",
+    "convert_to_bundle",
     "export_package",
     "read_source",
     "with_peer_tokenizer",
     "write_file",
+    "write_folder",
 ]
 
 _HOME = {
     "ExportOptions": "export",
     "ModelSource": "source",
     "convert_package": "convert",
+    "convert_to_bundle": "convert",
     "export_package": "export",
     "read_source": "source",
     "with_peer_tokenizer": "source",
     "write_file": "convert",
+    "write_folder": "convert",
 }
 
 

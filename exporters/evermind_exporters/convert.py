@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, cast, get_args
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from evermind_manifests import dtypes
 from evermind_manifests.dtypes import Rounding
 from evermind_manifests.errors import ConfigError, ExportError
-from evermind_manifests.manifest import Card, Manifest
+from evermind_manifests.manifest import CARD_NAME, Card, Manifest
 from evermind_manifests.package import Package
 from evermind_manifests.safetensors_header import read_header
 
@@ -36,8 +38,11 @@ from .checkpoints import (
     write_peer_gguf,
     write_peer_safetensors,
 )
+from .checkpoints.checkpoint import in_order
 from .families import FAMILIES as EXPORTERS
 from .peer_attachments import read_attachments
+from .peer_bundle import bundle_files
+from .peer_tokenizer import TOKENIZER_NAME
 
 Target: TypeAlias = Literal["moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf"]
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
@@ -93,6 +98,26 @@ def convert_package(
     )
 
 
+def convert_to_bundle(
+    package: Package, *, half: bool | None = None, rounding: Rounding = "nearest"
+) -> dict[str, bytes]:
+    """The files of a Hugging Face bundle like the peer's, by name; options as above.
+
+    The tokenizer is the package's own file, which gives the peer's ids where the peer's
+    export does not. ONNX and GGUF are left out.
+    """
+    files = {
+        "model.safetensors": convert_package(package, "safetensors", half=half, rounding=rounding)
+    }
+    files |= bundle_files(package.manifest.config)
+    tokenizer = package.manifest.tokenizer
+    if tokenizer is not None and tokenizer.file is not None:
+        files[TOKENIZER_NAME] = package.read_file(tokenizer.file)
+    if CARD_NAME in package.manifest.files:
+        files[CARD_NAME] = package.read_file(CARD_NAME)
+    return files
+
+
 def package_checkpoint(package: Package) -> Checkpoint:
     """The model in a package, its tensors as float32; `half` if its experts are stored as f16.
 
@@ -113,9 +138,8 @@ def package_checkpoint(package: Package) -> Checkpoint:
             contents = package.read_shard(layer.layer, expert)
             for tensor, name in EXPORTERS[family].expert_names(layer.layer, expert).items():
                 tensors[name] = contents.array(tensor)
-    ordered = {name: tensors[name] for name in canonical_shapes(family, config) if name in tensors}
-    # A tensor too many is left in, for the writer to name.
-    return Checkpoint(family, config, ordered | tensors, _stored_half(manifest))
+    ordered = in_order(tensors, canonical_shapes(family, config), package.location)
+    return Checkpoint(family, config, ordered, _stored_half(manifest))
 
 
 def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
@@ -123,22 +147,48 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
 
     Raises `ExportError` if it exists and may not be replaced, or cannot be written.
     """
-    if not overwrite and os.path.lexists(path):
-        raise ExportError(
-            f"{path}: exists already", hint="Choose another name, or allow it to be replaced."
-        )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    if not overwrite:
+        _refuse_existing(path)
+    temporary = _beside(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, data)
         temporary.replace(path)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder of files, whole or not at all. Raises `ExportError` if it exists."""
+    _refuse_existing(path)
+    temporary = _beside(path)
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            _write_synced(temporary / name, data)
+        temporary.rename(path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise ExportError(f"{path}: exists already", hint="Choose another name, or remove it.")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _peer_manifest(package: Package) -> tuple[PeerManifest, bytes]:

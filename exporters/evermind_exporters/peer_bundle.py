@@ -1,12 +1,13 @@
-"""The config.json of the peer's Hugging Face bundle: a language model's dimensions.
+"""The peer's Hugging Face bundle: a folder with a language model and its config.json.
 
-All but top-k are inferred from the tensors and checked against what config.json says. Source:
-specs/evermind-formats.md, section 13. Top-k cannot be inferred; the peer assumes 2 where it is
-not given, we refuse.
+Source: specs/evermind-formats.md, section 13. Read: all dimensions but top-k are inferred from
+the tensors and checked against what config.json says. Top-k cannot be inferred; the peer
+assumes 2 where it is not given, we refuse.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -28,6 +29,28 @@ _KEYS: Final = {
     "num_experts": "numExperts",
 }
 _INDEX = re.compile(r"layers\.(\d{1,9})\.(?:moe\.experts\.(\d{1,9})\.)?")
+
+
+def bundle_files(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The bundle's config.json and generation_config.json, byte for byte as the peer has them."""
+    described = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["EvermindForCausalLM"],
+        **{key: config[name] for key, name in _KEYS.items()},
+        _TOP_K: config["topK"],
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        # The peer says so for half weights too.
+        "torch_dtype": "float32",
+        "transformers_version": "4.0.0",
+    }
+    generation = {"do_sample": False, "temperature": 1, "max_new_tokens": 64}
+    # JavaScript prints 1e-5 in full.
+    text = json.dumps(described, indent=2).replace("1e-05", "0.00001")
+    return {
+        "config.json": text.encode(),
+        "generation_config.json": json.dumps(generation, indent=2).encode(),
+    }
 
 
 def bundle_config(

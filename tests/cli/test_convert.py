@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def test_there_and_back(package: Path, tmp_path: Path, capsys: pytest.CaptureFix
     result = json.loads(text)
     assert result["bytes"] == len(out.read_bytes())
     assert result["format"] == "evl0"
+    assert result["sha256"] == {out.name: hashlib.sha256(out.read_bytes()).hexdigest()}
     assert out.read_bytes() == (LM / "lm.v1.bin").read_bytes()
 
 
@@ -66,6 +68,20 @@ def test_a_media_file_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert call(capsys, "export", MEDIA, "-o", package, "-q")[0] == 0
     assert call(capsys, "convert", package, "-o", out, "--to", "evermind")[0] == 0
     assert out.read_bytes() == MEDIA.read_bytes()
+
+
+def test_a_bundle_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package, bundle = tmp_path / "package", tmp_path / "bundle"
+    command = ("export", GOLDEN / "export_lm", "-o", package, "--dtype", "f32", "-q")
+    assert call(capsys, *command)[0] == 0
+    code, text, _ = call(capsys, "convert", package, "-o", bundle, "--to", "hf", "--json")
+    assert code == 0
+    assert sorted(json.loads(text)["sha256"]) == sorted(path.name for path in bundle.iterdir())
+    again = ("export", bundle, "-o", tmp_path / "again", "--dtype", "f32", "--name", "export_lm")
+    assert call(capsys, *again, "-q")[0] == 0
+    assert (tmp_path / "again/manifest.json").read_bytes() == (
+        package / "manifest.json"
+    ).read_bytes()
 
 
 def test_a_file_is_replaced_only_with_force(

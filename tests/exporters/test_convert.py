@@ -12,9 +12,11 @@ from evermind_exporters import (
     ExportOptions,
     ModelSource,
     convert_package,
+    convert_to_bundle,
     export_package,
     read_source,
     write_file,
+    write_folder,
 )
 from evermind_exporters.checkpoints import (
     Checkpoint,
@@ -120,6 +122,31 @@ def test_the_peers_bundle_is_read(tmp_path):
     assert b"ignore_merges" in source.tokenizer
     package = there(source, tmp_path, False)
     assert back(package, "evl0") == (GOLDEN / "export_lm/lm.v1.bin").read_bytes()
+
+
+def test_the_peers_bundle_comes_back(tmp_path):
+    folder = GOLDEN / "export_lm"
+    package = there(folder, tmp_path, False)
+    with open_package(package) as opened:
+        files = convert_to_bundle(opened)
+    assert set(files) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        assert files[name] == (folder / name).read_bytes()
+    write_folder(tmp_path / "bundle", files)
+    again = read_source(tmp_path / "bundle")
+    assert again.config == read_source(folder).config
+    assert again.tokenizer == files["tokenizer.json"]
+    with pytest.raises(ExportError, match="exists already"):
+        write_folder(tmp_path / "bundle", files)
+    with pytest.raises(ExportError, match="cannot be written"):
+        write_folder(tmp_path / "no" / "bundle", files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "package"]
 
 
 @pytest.mark.parametrize(
