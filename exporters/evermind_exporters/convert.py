@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, cast, get_args
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from .families import FAMILIES as EXPORTERS
 from .peer_attachments import read_attachments
 from .peer_bundle import bundle_files
 from .peer_tokenizer import TOKENIZER_NAME
+from .source import WEIGHTS_NAME
 
 Target: TypeAlias = Literal["moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf"]
 TARGETS: Final[tuple[Target, ...]] = get_args(Target)
@@ -74,12 +75,13 @@ def convert_package(
     did. Raises `ConfigError` if `target` cannot hold the model, `ExportError` if a weight does
     not fit a half, and `IntegrityError` for a damaged package.
     """
-    checkpoint = package_checkpoint(package)
-    if checkpoint.family not in _HOLDS[target]:
+    family = _family(package)
+    if family not in _HOLDS[target]:
         raise ConfigError(
-            f"{package.location}: a {checkpoint.family!r} model cannot be written as {target}",
-            hint=f"It fits: {', '.join(t for t in TARGETS if checkpoint.family in _HOLDS[t])}.",
+            f"{package.location}: a {family!r} model cannot be written as {target}",
+            hint=f"It fits: {', '.join(t for t in TARGETS if family in _HOLDS[t])}.",
         )
+    checkpoint = package_checkpoint(package)
     if half is None:
         half = checkpoint.half
     if target == "moe0":
@@ -106,10 +108,8 @@ def convert_to_bundle(
     The tokenizer is the package's own file, which gives the peer's ids where the peer's
     export does not. ONNX and GGUF are left out.
     """
-    files = {
-        "model.safetensors": convert_package(package, "safetensors", half=half, rounding=rounding)
-    }
-    files |= bundle_files(package.manifest.config)
+    weights = convert_package(package, "safetensors", half=half, rounding=rounding)
+    files = {WEIGHTS_NAME: weights, **bundle_files(package.manifest.config)}
     tokenizer = package.manifest.tokenizer
     if tokenizer is not None and tokenizer.file is not None:
         files[TOKENIZER_NAME] = package.read_file(tokenizer.file)
@@ -125,12 +125,7 @@ def package_checkpoint(package: Package) -> Checkpoint:
     for a damaged package.
     """
     manifest = package.manifest
-    if manifest.family not in FAMILIES:
-        raise ConfigError(
-            f"{package.location}: family: expected one of {', '.join(FAMILIES)}, "
-            f"found {manifest.family!r}"
-        )
-    family: Family = manifest.family
+    family = _family(package)
     config = validate_config(family, manifest.config)
     tensors = _resident(package)
     for layer in manifest.layers:
@@ -175,6 +170,15 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _family(package: Package) -> Family:
+    family = package.manifest.family
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"{package.location}: family: expected one of {', '.join(FAMILIES)}, found {family!r}"
+        )
+    return family
+
+
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
         raise ExportError(f"{path}: exists already", hint="Choose another name, or remove it.")
@@ -196,9 +200,9 @@ def _peer_manifest(package: Package) -> tuple[PeerManifest, bytes]:
     manifest = package.manifest
     kept, codec = read_attachments(package)
     card = manifest.card or Card()
-    if kept is None or kept.family != manifest.family:
+    if kept is None:
         fresh = new_peer_manifest(
-            cast(Family, manifest.family),
+            _family(package),
             manifest.config,
             name=manifest.name,
             version=manifest.version,

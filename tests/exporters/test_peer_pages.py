@@ -15,6 +15,7 @@ from evermind_exporters.peer_pages import PeerStore, open_peer_file
 from evermind_manifests.errors import (
     BudgetError,
     CheckpointError,
+    IntegrityError,
     ManifestError,
     MissingExtraError,
     MissingFileError,
@@ -179,6 +180,8 @@ def test_the_store_behaves_like_any_other(tmp_path):
         assert path in store.paths()
         resident = store.size("graphs/resident.safetensors")
         assert len(store.read("graphs/resident.safetensors", limit=resident)) == resident
+    with pytest.raises(IntegrityError, match="Bad file descriptor"):
+        store.read(path, limit=size)
 
 
 def test_the_virtual_package_is_valid_to_the_last_digest():

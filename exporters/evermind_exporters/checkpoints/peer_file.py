@@ -13,6 +13,7 @@ import struct
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final, Literal
 
 import numpy as np
@@ -151,7 +152,7 @@ class _Disk:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise MissingFileError(f"{self.location}: {error.strerror}") from error
-        self.close = weakref.finalize(self, os.close, self._fd)
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
         info = os.fstat(self._fd)
         if not stat.S_ISREG(info.st_mode):
             raise MissingFileError(f"{self.location}: expected a regular file")
@@ -162,9 +163,16 @@ class _Disk:
         read_exactly(self._fd, offset, buffer, self.location)
         return buffer
 
+    def close(self) -> None:
+        self._finalizer()
+        # The number may soon belong to another file.
+        self._fd = -1
+
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        if os.preadv(self._fd, buffers, offset) == sum(buffer.nbytes for buffer in buffers):
-            return
+        with suppress(OSError):
+            if os.preadv(self._fd, buffers, offset) == sum(buffer.nbytes for buffer in buffers):
+                return
+        # Short or failed: one by one, with an error that says where.
         for buffer in buffers:
             read_exactly(self._fd, offset, buffer, self.location)
             offset += buffer.nbytes

@@ -41,7 +41,7 @@ _CARD_KEYS: Final = {
 _MAX_DEPTH = 32
 _MAX_NAME = 256  # characters, evermind_manifests.manifest.Name
 _U32 = 2**32
-_TYPES: Final[dict[str, type | tuple[type, ...]]] = {
+_TYPES: Final[dict[str, type]] = {
     "name": str,
     "version": str,
     "paramCount": int,
@@ -99,7 +99,10 @@ class PeerManifest:
         return Card(**known)
 
     def update(self, changes: Mapping[str, Any]) -> PeerManifest:
-        """The manifest with these keys set; the very same text if they had these values."""
+        """The manifest with these keys set; the very same text if they had these values.
+
+        Else the JSON is written anew; a number with an exponent may then be spelled another way.
+        """
         values = {**self.values, **changes}
         if _same(values, self.values):
             return self
@@ -205,8 +208,7 @@ def _check_values(values: dict[str, Any], where: str) -> None:
         _expect(modality in MODALITIES, where, "modality", ", ".join(MODALITIES), values)
     for key, kind in _TYPES.items():
         if key in values:
-            right = type(values[key]) is kind
-            _expect(right, where, key, getattr(kind, "__name__", str(kind)), values)
+            _expect(type(values[key]) is kind, where, key, kind.__name__, values)
     _expect(_is_u32(values.get("checksum")), where, "checksum", "an unsigned 32-bit number", values)
     if values.get("modality") in MEDIA:
         found = _is_u32(values.get("codecChecksum"))
