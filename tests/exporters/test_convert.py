@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -364,3 +365,27 @@ def test_peer_safetensors_reads_back(tmp_path):
     source = read_source(tmp_path)
     for name, tensor in checkpoint.tensors.items():
         np.testing.assert_array_equal(source.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"peer/manifest.json": b"{}"}, r"peer/manifest\.json: manifest: schema: expected"),
+        ({"peer/codec.safetensors": b"nothing"}, r"peer/codec\.safetensors: "),
+        ({"peer/codec.safetensors": None}, "a media model's codec section is missing"),
+    ],
+)
+def test_attachments_that_are_not_ours_are_refused(tmp_path, damage, message):
+    source = read_source(GOLDEN / "pkg_media" / "model.evermind")
+    kept = {name: data for name, data in (source.attachments | damage).items() if data}
+    package = there(replace(source, attachments=kept), tmp_path, True)
+    with pytest.raises(CheckpointError, match=message):
+        back(package, "evermind")
+
+
+def test_a_manifest_of_another_model_is_refused(tmp_path):
+    other = read_source(GOLDEN / "pkg_lm_f32" / "model.evermind")
+    source = read_source(GOLDEN / "lm_small" / "lm.v1.bin")
+    package = there(replace(source, attachments=other.attachments), tmp_path, False)
+    with pytest.raises(CheckpointError, match=r"\.evermind: vocabSize: expected"):
+        back(package, "evermind")
