@@ -20,6 +20,7 @@ from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
 from .loop import DivergedError, TrainingResult, run_training, stop_on_interrupt
 from .moe_trainer import MoeBatch, MoeEpoch, MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions, learning_rate
+from .peer_precision import PeerLossScaler, PeerMixedTrainer
 from .presets import LanguagePreset, python_demo
 from .run_folder import RunFolder
 from .trainer import StepReport, Trainer
@@ -42,6 +43,8 @@ __all__ = [
     "MoeTrainer",
     "MoeTrainerOptions",
     "OptimizerOptions",
+    "PeerLossScaler",
+    "PeerMixedTrainer",
     "RunFolder",
     "StepReport",
     "Trainer",

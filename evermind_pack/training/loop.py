@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from evermind_manifests.errors import EvermindPackError
 
-from .run_folder import RunFolder
+from .run_folder import RunFolder, require_resumable
 from .trainer import StepReport, Trainer
 
 BatchT = TypeVar("BatchT")
@@ -69,8 +69,9 @@ def run_training(
     `batch_of(n)` gives the batch of step n (from 1). `evaluate` measures a validation loss
     every `evaluate_every` steps and at the end. Setting `stop` ends the loop after the
     current step; `stop_on_interrupt` sets one on Ctrl-C. Raises `DivergedError` when the loss
-    is not finite.
+    is not finite, and before the first step as `require_resumable` does.
     """
+    require_resumable(trainer)
     run.tidy(trainer.steps)
     while trainer.steps < steps and not (stop is not None and stop.is_set()):
         report = trainer.step(batch_of(trainer.steps + 1))

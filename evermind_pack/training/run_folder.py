@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 
 import torch
 from evermind_exporters.checkpoints import FAMILIES
-from evermind_manifests.errors import CheckpointError, InputError, MissingFileError
+from evermind_manifests.errors import CheckpointError, ConfigError, InputError, MissingFileError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -98,12 +98,11 @@ class RunFolder:
     def save(self, trainer: AnyTrainer, plan: Mapping[str, Any]) -> Path:
         """Write a checkpoint, then drop older ones; `plan` (JSON values) is kept with it.
 
-        Models are stored in float32: raises `CheckpointError` for one in another dtype, which
-        would not resume as it was.
+        Raises as `require_resumable` does.
         """
         final = self.path / f"{_CHECKPOINT}{trainer.steps:08d}"
         if not final.exists():
-            _require_float32(trainer.model)
+            require_resumable(trainer)
             self._write_checkpoint(final, trainer, plan)
         # Also when it was there already: a crash may have come just after it appeared.
         _write(self.path / MODEL, (final / MODEL).read_bytes())
@@ -180,8 +179,19 @@ class RunFolder:
         return sorted(path for path in self.path.glob(f"{_CHECKPOINT}*") if path.is_dir())
 
 
-def _require_float32(model: FamilyModel) -> None:
-    for name, parameter in model.named_parameters():
+def require_resumable(trainer: AnyTrainer) -> None:
+    """Refuse a trainer that would not resume from a checkpoint as it was.
+
+    Raises `ConfigError` for one with state of its own besides the optimiser's (mixed
+    precision's loss scaler), `CheckpointError` for a model that is not in float32.
+    """
+    expected, _ = _TRAINERS[trainer.model.family]
+    if type(trainer) is not expected:
+        raise ConfigError(
+            f"run folder: trainer: expected {expected.__name__}, found {type(trainer).__name__}",
+            hint="Checkpoints hold no state but the optimiser's: train outside a run folder.",
+        )
+    for name, parameter in trainer.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise CheckpointError(f"{name}: dtype: expected float32, found {parameter.dtype}")
 

@@ -75,12 +75,9 @@ class Trainer(ABC, Generic[ModelT, OptionsT, BatchT]):
                 "eps": options.eps,
                 "weight_decay": options.weight_decay,
             }
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch)
-        torch.autograd.backward(losses.total)
+        losses = self._backward(batch)
         norm = clip_gradients(self.model.parameters(), options.max_grad_norm)
-        self.optimizer.step()
-        self.steps += 1
+        self._update()
         return StepReport(
             step=self.steps,
             loss=losses.loss.item(),
@@ -94,6 +91,18 @@ class Trainer(ABC, Generic[ModelT, OptionsT, BatchT]):
     @abstractmethod
     def losses(self, batch: BatchT) -> Losses:
         """The batch's losses with the current weights, differentiable."""
+
+    def _backward(self, batch: BatchT) -> Losses:
+        """Leave the batch's gradients in the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(batch)
+        torch.autograd.backward(losses.total)
+        return losses
+
+    def _update(self) -> None:
+        """Move the weights by the gradients in the parameters."""
+        self.optimizer.step()
+        self.steps += 1
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Both moments of every parameter; empty before the first step."""

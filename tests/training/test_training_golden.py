@@ -2,10 +2,13 @@
 
 In float64: losses 1e-6 relative (lm_train, whose loss falls to 1e-4 where the peer's float32
 logits round, 1e-5), weights 1e-5 absolute. Measured: 6e-6 and 2e-6 for lm_train, about 1e-7
-and 5e-7 for the others. In float32 weights agree to 1e-5 as well.
+and 5e-7 for the others. In float32 weights agree to 1e-5 as well. With mixed precision the last
+bit of a gradient can decide how its half is cut: weights 1e-4.
 """
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
@@ -22,7 +25,9 @@ from evermind_pack.training import (
     MoeBatch,
     MoeTrainer,
     MoeTrainerOptions,
+    PeerMixedTrainer,
 )
+from tests.packages import GOLDEN
 
 RENAMED = {
     "learningRate": "lr",
@@ -32,11 +37,17 @@ RENAMED = {
     "accumSteps": "batch_size",
     "maxGradNorm": "max_grad_norm",
 }
+MOE = ["moe_train_full", "moe_train_mini"]
+LIMBIC = ["limbic_train", "limbic_train_decay"]
+LM = ["lm_train", "lm_train_accum"]
+MIXED = "lm_train_mixed"
+# Recomputed activations give the same bits; mixed precision is a trainer of its own.
+NOT_OPTIONS = ("checkpoint", "mixedPrecision")
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 @dtypes
-@pytest.mark.parametrize("name", ["moe_train_full", "moe_train_mini"])
+@pytest.mark.parametrize("name", MOE)
 def test_moe(golden, name, dtype):
     case = golden(name)
     trainer, samples = _moe(case, dtype)
@@ -50,7 +61,7 @@ def test_moe(golden, name, dtype):
     _same_weights(trainer.model, case)
 
 
-@pytest.mark.parametrize("name", ["moe_train_full", "moe_train_mini"])
+@pytest.mark.parametrize("name", MOE)
 def test_moe_first_gradient(golden, name):
     case = golden(name)
     trainer, samples = _moe(case, torch.float64)
@@ -68,7 +79,7 @@ def test_moe_first_gradient(golden, name):
 
 
 @dtypes
-@pytest.mark.parametrize("name", ["limbic_train", "limbic_train_decay"])
+@pytest.mark.parametrize("name", LIMBIC)
 def test_limbic(golden, name, dtype):
     case = golden(name)
     rows = case.json["samples"]
@@ -92,7 +103,7 @@ def test_limbic(golden, name, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize(("name", "tolerance"), [("lm_train", 1e-5), ("lm_train_accum", 1e-6)])
+@pytest.mark.parametrize(("name", "tolerance"), [*zip(LM, [1e-5, 1e-6], strict=True)])
 def test_lm(golden, name, tolerance, dtype):
     case = golden(name)
     trainer = _lm(case, dtype)
@@ -107,13 +118,46 @@ def test_lm(golden, name, tolerance, dtype):
     assert tokens == greedy["tokens"]
 
 
-@pytest.mark.parametrize("name", ["lm_train", "lm_train_accum"])
+@pytest.mark.parametrize("name", LM)
 def test_lm_first_gradient(golden, name):
     case = golden(name)
     trainer = _lm(case, torch.float64)
     usable = [sequence for sequence in case.json["sequences"] if len(sequence) >= 2]
     trainer.losses(usable[: trainer.options.batch_size]).total.backward()
     _same_gradient(trainer.model, case)
+
+
+@dtypes
+def test_lm_mixed_precision(golden, dtype):
+    case = golden(MIXED)
+    trainer = _lm(case, dtype, PeerMixedTrainer)
+    history = trainer.train(case.json["sequences"])
+    assert trainer.steps == case.json["optimizer_steps"]
+    assert history == pytest.approx(case.json["history_f64"], rel=1e-6)
+    scaler = case.json["loss_scaler"]
+    assert trainer.scaler.scale == scaler["scale"]
+    assert trainer.scaler.overflows == scaler["overflows"] == scaler["skipped"]
+    _same_weights(trainer.model, case, tolerance=1e-4)
+
+
+def test_lm_mixed_precision_first_gradient(golden):
+    case = golden(MIXED)
+    first = case.json["sequences"][:1]
+    trainer = _lm(case, torch.float64, PeerMixedTrainer)
+    trainer.step(first)
+    _same_gradient(trainer.model, case)
+
+    # Rounded to half it is another than without.
+    plain = _lm(case, torch.float64)
+    plain.step(first)
+    with pytest.raises(AssertionError):
+        _same_gradient(plain.model, case)
+
+
+def test_every_trace_is_used():
+    cases = json.loads((GOLDEN / "index.json").read_text("utf-8"))["cases"]
+    traces = {case["id"] for case in cases if case["kind"].endswith("_train")}
+    assert traces == {*MOE, *LIMBIC, *LM, MIXED}
 
 
 def _moe(case, dtype) -> tuple[MoeTrainer, MoeBatch]:
@@ -123,20 +167,20 @@ def _moe(case, dtype) -> tuple[MoeTrainer, MoeBatch]:
     return trainer, MoeBatch(*(np.array([row[key] for row in rows]) for key in ("input", "target")))
 
 
-def _lm(case, dtype) -> LmTrainer:
-    given = {k: v for k, v in case.json["options"].items() if k != "checkpoint"}
+def _lm(case, dtype, trainer_type=LmTrainer) -> LmTrainer:
+    given = {k: v for k, v in case.json["options"].items() if k not in NOT_OPTIONS}
     options = LmTrainerOptions(aux_weight=0.0, **_options(given))
-    return LmTrainer(EvermindLM(case.json["config"]).to(dtype), options)
+    return trainer_type(EvermindLM(case.json["config"]).to(dtype), options)
 
 
 def _options(given: dict[str, float]) -> dict[str, float]:
     return {RENAMED.get(key, key): value for key, value in given.items()}
 
 
-def _same_weights(model, case) -> None:
+def _same_weights(model, case, tolerance=1e-5) -> None:
     expected = read_checkpoint(case.bytes("final.v1.bin"), "final").tensors
     for name, value in model.to_tensors().items():
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=tolerance, err_msg=name)
 
 
 def _same_gradient(model, case) -> None:
