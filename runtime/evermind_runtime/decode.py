@@ -82,7 +82,9 @@ class BoundDecode:
             if step.ids is None:
                 step.session.run_with_iobinding(step.binding)
                 continue
-            slots = pager.acquire(step.layer, step.ids[0].tolist())
+            tokens = step.ids.tolist()
+            pager.routed(step.layer, tokens)
+            slots = pager.acquire(step.layer, tokens[0])
             try:
                 self._rebind(step, slots)
                 step.session.run_with_iobinding(step.binding)

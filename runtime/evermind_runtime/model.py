@@ -18,17 +18,21 @@ from evermind_manifests.package import Package
 from . import onnx_runtime
 from .arrays import check_inputs, slice_tokens, tokens_in
 from .budget import parse_budget, thrash_warning, total_expert_bytes
+from .choose_policy import PolicyName, make_policy
 from .decode import BoundDecode
 from .devices import open_device
 from .generation import Piece, generate
+from .layers import expert_layers
 from .openers import open_location
 from .pager import Pager, Verify
+from .profile import PROFILE_NAME, Profile, parse_profile, read_profile
 from .program import Engine, run_program
 from .resident import Resident
 from .sessions import Sessions
 from .state import Array, State
 from .stats import Stats
 from .tokenizer import TextCodec, open_codec
+from .trace import TraceWriter
 
 Steps: TypeAlias = Literal["prefill", "decode"]
 
@@ -52,6 +56,8 @@ class Model:
         device: str,
         threads: int | None,
         verify: Verify,
+        policy: PolicyName = "decayed",
+        profile: str | os.PathLike[str] | None = None,
     ) -> None:
         self._package = package
         manifest = package.manifest
@@ -59,7 +65,14 @@ class Model:
         self.budget = total if budget is None else min(parse_budget(budget, manifest), total)
         self.threads = onnx_runtime.start(threads)
         self._device = open_device(device)
-        self._pager = Pager(package, self._device, self.budget, verify=verify)
+        chosen = make_policy(
+            policy,
+            expert_layers(manifest),
+            self.budget,
+            _read_profile(package, profile) if profile or policy == "pinned" else None,
+        )
+        self._pager = Pager(package, self._device, self.budget, chosen, verify=verify)
+        self._trace: TraceWriter | None = None
         resident = Resident(package)
         sessions = Sessions(package, resident, self._device)
         self._engine = Engine(manifest, sessions, resident, self._pager)
@@ -179,6 +192,20 @@ class Model:
             self._codec = open_codec(self._package)
         return self._codec
 
+    def trace(self, path: str | os.PathLike[str] | None) -> None:
+        """Record from now on which experts every token is routed to, into a new file.
+
+        The form is that of `evermind_runtime.trace`. Ends an earlier recording; `None` only
+        ends it, as closing the model does. Raises `OSError` if the file cannot be written.
+        """
+        writer = None
+        if path is not None:
+            writer = TraceWriter(path, self.digest, expert_layers(self.manifest))
+        self._pager.recorder = writer.write if writer else None
+        if self._trace:
+            self._trace.close()
+        self._trace = writer
+
     def stats(self) -> Stats:
         """Counters since loading."""
         counters = self._pager.counters
@@ -196,6 +223,7 @@ class Model:
 
     def close(self) -> None:
         """Give back all memory and files. The model cannot be used afterwards."""
+        self.trace(None)
         self._pager.close()
         self._engine.sessions.close()
         self._package.close()
@@ -250,6 +278,8 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     verify: Verify = "first",
+    policy: PolicyName = "decayed",
+    profile: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open a package (a folder, or one `.zip` file) and make it ready to run.
 
@@ -260,15 +290,35 @@ def load(
     a share of all expert bytes (`"25%"`); by default all may be resident. It is never
     exceeded. `device` is `"cpu"`, `"cuda"` or `"cuda:N"`. `threads` sizes the process's pool
     (default: all usable cores). `verify` says when a shard's sha256 is checked: at its
-    first read in this model, always, or never.
+    first read in this model, always, or never. `policy` chooses which expert to give up when
+    the budget is spent: `"decayed"`, `"lru"`, or `"pinned"`, which keeps what `profile` (a
+    file; by default the package's own profile.json) says is hot; see docs/paging.md.
 
     Raises `BudgetError` if one step's experts do not fit, `DeviceError` for a device or
-    thread count that cannot be had, `ManifestError` or `IntegrityError` for a package that
-    is not what it should be.
+    thread count that cannot be had, `InputError` for a policy without the profile it needs,
+    `ManifestError` or `IntegrityError` for a package that is not what it should be.
     """
     package = open_location(location)
     try:
-        return Model(package, budget=budget, device=device, threads=threads, verify=verify)
+        return Model(
+            package,
+            budget=budget,
+            device=device,
+            threads=threads,
+            verify=verify,
+            policy=policy,
+            profile=profile,
+        )
     except BaseException:
         package.close()
         raise
+
+
+def _read_profile(package: Package, path: str | os.PathLike[str] | None) -> Profile | None:
+    """The profile in the file at `path`, else the package's own if it has one."""
+    layers = expert_layers(package.manifest)
+    if path is not None:
+        return read_profile(path, layers)
+    if PROFILE_NAME not in package.manifest.files:
+        return None
+    return parse_profile(package.read_file(PROFILE_NAME), layers, PROFILE_NAME)

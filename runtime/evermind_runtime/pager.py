@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -22,7 +22,7 @@ from evermind_manifests.shard import check_shard, read_header
 
 from .budget import check_budget
 from .devices import Device, Slot
-from .policy import ExpertKey, LruPolicy, Policy
+from .policies import ExpertKey, Policy
 
 Verify: TypeAlias = Literal["first", "always", "never"]
 
@@ -48,18 +48,20 @@ class Pager:
         package: Package,
         device: Device,
         budget: int,
+        policy: Policy,
         *,
         verify: Verify = "first",
-        policy: Policy | None = None,
     ) -> None:
         """Nothing is read yet. Raises `BudgetError` if not even one step fits."""
         check_budget(budget, package.manifest)
         self.budget = budget
         self.counters = PagerCounters()
+        #: Told of every routed step, as the policy is, while somebody records a trace.
+        self.recorder: Callable[[int, Sequence[Sequence[int]]], None] | None = None
         self._package = package
         self._device = device
         self._verify = verify
-        self._policy: Policy = policy or LruPolicy()
+        self._policy = policy
         self._kinds = {
             layer.layer: package.manifest.kinds[layer.kind] for layer in package.manifest.layers
         }
@@ -68,6 +70,13 @@ class Pager:
         self._verified: set[ExpertKey] = set()
         self._pinned_bytes = 0
         self._released = threading.Condition()
+
+    def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
+        """A step of `layer` begins: for each token, oldest first, the experts it will acquire."""
+        with self._released:
+            self._policy.routed(layer, tokens)
+            if self.recorder:
+                self.recorder(layer, tokens)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> list[Slot]:
         """The slots of these experts (all different) of one layer, pinned until `release`.

@@ -106,7 +106,9 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
         session.run_with_iobinding(binding)
     else:
         layer = step.experts.layer
-        slots = engine.pager.acquire(layer, board[step.experts.ids][0].tolist())
+        tokens = board[step.experts.ids].tolist()
+        engine.pager.routed(layer, tokens)
+        slots = engine.pager.acquire(layer, tokens[0])
         try:
             engine.bind_slots(binding, layer, slots)
             session.run_with_iobinding(binding)
@@ -124,6 +126,7 @@ def _run_experts(engine: Engine, step: ExpertsStep, board: Mapping[str, Array]) 
     x, ids, gates = board[step.x], board[step.ids], board[step.gates]
     kind = engine.kinds[step.layer]
     session = engine.sessions.get(kind.graph)
+    engine.pager.routed(step.layer, ids.tolist())
     top_k = ids.shape[1]
     flat = ids.ravel()
     order = np.argsort(flat, kind="stable")

@@ -1,0 +1,40 @@
+"""What paging needs to know of a model's expert layers, apart from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from evermind_manifests.manifest import Count, Manifest, PositiveCount
+from msgspec import Struct
+
+
+class ExpertLayer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One layer: its number, its experts, how many a token uses, and the bytes of one."""
+
+    layer: Count
+    experts: PositiveCount
+    top_k: PositiveCount
+    bytes: PositiveCount
+
+
+def expert_layers(manifest: Manifest) -> tuple[ExpertLayer, ...]:
+    """A manifest's layers, in the order they run."""
+    return tuple(
+        ExpertLayer(
+            layer=layer.layer,
+            experts=layer.experts,
+            top_k=layer.top_k,
+            bytes=manifest.kinds[layer.kind].bytes,
+        )
+        for layer in manifest.layers
+    )
+
+
+def all_bytes(layers: Iterable[ExpertLayer]) -> int:
+    """What all experts take."""
+    return sum(layer.experts * layer.bytes for layer in layers)
+
+
+def step_bytes(layers: Iterable[ExpertLayer]) -> int:
+    """What the experts of one token in one layer take at most: the least budget."""
+    return max((layer.top_k * layer.bytes for layer in layers), default=0)
