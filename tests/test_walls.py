@@ -21,7 +21,15 @@ FOREIGN = {
     "evermind_manifests": {"msgspec", "msgpack", "numpy"},
     "evermind_runtime": {"msgspec", "numpy", "onnxruntime", "tokenizers"},
     "evermind_exporters": {"ml_dtypes", "msgspec", "numpy", "onnx", "safetensors", "torch"},
-    "evermind_pack": {"msgspec", "numpy", "rich", "safetensors", "tokenizers", "torch"},
+    "evermind_pack": {
+        "matplotlib",
+        "msgspec",
+        "numpy",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "torch",
+    },
 }
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "show what a package holds and which budgets make sense",
     "validate": "check a package: structure, files, digests, graphs, results",
     "run": "generate text, or run arrays through a package, under a memory budget",
+    "trace": "record which experts tokens use, and replay it under every policy",
     "convert": "write a package's model as one of the peer's files",
 }
 _INTERRUPTED = 130

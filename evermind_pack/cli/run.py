@@ -129,7 +129,7 @@ def _run_arrays(model: Model, args: argparse.Namespace) -> None:
 
 
 def _generate(model: Model, args: argparse.Namespace) -> None:
-    prompt = args.prompt if args.tokens is None else _token_ids(args.tokens)
+    prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
     state = model.new_state()
     if args.state_in:
         state.restore(read_arrays(args.state_in))
@@ -205,7 +205,8 @@ def _counter_rows(model: Model) -> dict[str, str]:
     }
 
 
-def _token_ids(text: str) -> list[int]:
+def token_ids(text: str) -> list[int]:
+    """The ids in `1,2,3`. Raises `InputError`."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

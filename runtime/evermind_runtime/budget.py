@@ -27,12 +27,15 @@ def parse_budget(text: str | int, manifest: Manifest) -> int:
 
     Raises `BudgetError` for anything else.
     """
-    if isinstance(text, int):
-        return text
+    return text if isinstance(text, int) else parse_size(text, total_expert_bytes(manifest))
+
+
+def parse_size(text: str, total: int) -> int:
+    """The same where all experts take `total` bytes. Raises `BudgetError`."""
     match = _SIZE.fullmatch(text)
     number, unit = (match[1], match[2].lower()) if match else ("0", "?")
     if unit == "%":
-        return int(float(number) / 100 * total_expert_bytes(manifest))
+        return int(float(number) / 100 * total)
     if unit not in _UNITS:
         raise BudgetError(
             f"budget: expected bytes, a size like '256MiB' or '2GB', or a share like '25%', "

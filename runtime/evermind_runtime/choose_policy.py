@@ -37,7 +37,7 @@ def make_policy(
         raise InputError(
             "policy: 'pinned' needs a routing profile, and the package has none",
             hint="Record one with `evermind-pack trace PKG … -o t.jsonl` and "
-            "`evermind-pack trace --replay t.jsonl --write-profile profile.json`.",
+            "`evermind-pack trace --replay t.jsonl --profile profile.json`.",
         )
     return PinnedPolicy(pinned_keys(layers, budget, profile), decayed)
 

@@ -38,3 +38,8 @@ def all_bytes(layers: Iterable[ExpertLayer]) -> int:
 def step_bytes(layers: Iterable[ExpertLayer]) -> int:
     """What the experts of one token in one layer take at most: the least budget."""
     return max((layer.top_k * layer.bytes for layer in layers), default=0)
+
+
+def cycle_bytes(layers: Iterable[ExpertLayer]) -> int:
+    """What the experts of one token in all layers take."""
+    return sum(layer.top_k * layer.bytes for layer in layers)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from evermind_manifests.errors import BudgetError
 
 from .choose_policy import make_policy
-from .layers import all_bytes, step_bytes
+from .layers import step_bytes
 from .policies import ExpertKey, LfuPolicy, Policy
 from .policies.belady import BeladyPolicy
 from .profile import Profile, profile_of
@@ -102,8 +102,3 @@ def acquisitions(step: TraceStep) -> Sequence[Sequence[ExpertKey]]:
     if len(step.tokens) == 1:
         return [[(layer, expert) for expert in step.tokens[0]]]
     return [[(layer, expert)] for expert in sorted({e for row in step.tokens for e in row})]
-
-
-def budget_of(trace: Trace, share: float) -> int:
-    """The bytes of a share (0 to 1) of all experts."""
-    return int(share * all_bytes(trace.layers))

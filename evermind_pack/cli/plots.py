@@ -1,0 +1,89 @@
+"""Plots as PNG files, drawn by matplotlib: an extra, imported when a plot is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colours that stay apart for the colour-blind (Okabe and Ito), the default policy's first.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_INK = "#333333"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches. Raises `MissingExtraError`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plot", "drawing a plot") from None
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def plot_hit_rates(
+    path: Path, title: str, curves: Mapping[str, Sequence[tuple[float, float]]], cycle: float
+) -> None:
+    """Hit rate over budget, one curve of `(share of all experts, hit rate)` per policy.
+
+    `belady` is drawn as the bound; `cycle` is the share one token passes through.
+    """
+    figure = new_figure(7.2, 4.5)
+    axes = figure.add_subplot()
+    colours = iter(_COLOURS)
+    for name, points in curves.items():
+        x = [100 * share for share, _ in points]
+        y = [100 * rate for _, rate in points]
+        if name == "belady":
+            axes.plot(x, y, color=_INK, linestyle="--", linewidth=1.5, label="belady (bound)")
+        else:
+            width = 2.5 if name == "decayed" else 1.5
+            axes.plot(x, y, color=next(colours), marker="o", ms=4, linewidth=width, label=name)
+    axes.axvline(100 * cycle, color="#999999", linestyle=":", linewidth=1)
+    axes.annotate(
+        " one token's cycle",
+        (100 * cycle, 1),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        color="#777777",
+        fontsize=8,
+        xytext=(0, -4),
+        textcoords="offset points",
+    )
+    axes.set(xlabel="budget, % of all experts", ylabel="hit rate, %", title=title, ylim=(0, 102))
+    axes.set_xlim(0, 102)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def plot_heatmap(
+    path: Path, title: str, layers: Sequence[int], shares: Sequence[Sequence[float]]
+) -> None:
+    """Layer by expert: the share of a layer's tokens that each expert serves.
+
+    A row for every layer; rows may differ in length, what they lack stays white.
+    """
+    experts = max(map(len, shares))
+    grid: npt.NDArray[np.float64] = np.full((len(shares), experts), np.nan)
+    for row, values in enumerate(shares):
+        grid[row, : len(values)] = [100 * value for value in values]
+    width = min(14.0, max(6.0, 2.0 + 0.16 * experts))
+    height = min(12.0, max(2.6, 1.4 + 0.26 * len(shares)))
+    figure = new_figure(width, height)
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    # At most about 24 labels fit beside the rows.
+    step = -(-len(layers) // 24)
+    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes.set(xlabel="expert", ylabel="layer", title=title)
+    figure.colorbar(image, ax=axes, pad=0.02, label="% of the layer's tokens")
+    figure.savefig(path)

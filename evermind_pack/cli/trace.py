@@ -1,0 +1,243 @@
+"""`evermind-pack trace`."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+from evermind_manifests.errors import InputError
+from evermind_runtime import PagingWarning, load
+from evermind_runtime.budget import parse_size
+from evermind_runtime.layers import all_bytes, cycle_bytes, expert_layers, step_bytes
+from evermind_runtime.openers import open_location
+from evermind_runtime.profile import encode_profile, profile_of
+from evermind_runtime.replay import POLICIES, Replay, replay
+from evermind_runtime.trace import Trace, read_trace
+
+from .plots import plot_heatmap, plot_hit_rates
+from .run import token_ids
+from .terminal import human_bytes, print_json, print_table, progress, remark
+
+EXAMPLES = """\
+  evermind-pack trace demo/package --prompt "def " --max-new 256 -o trace.jsonl
+  evermind-pack trace --replay trace.jsonl
+  evermind-pack trace --replay trace.jsonl --budgets 10%,20%,1MiB --json
+  evermind-pack trace --replay trace.jsonl --plot hits.png --heatmap heat.png
+  evermind-pack trace --replay trace.jsonl --profile profile.json"""
+
+_BUDGETS = "12.5%,25%,50%"
+_RECORDING = ("prompt", "tokens", "output", "max_new", "temperature", "seed", "budget")
+_REPLAYING = ("package_of", "budgets", "plot", "heatmap", "profile")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Either a package to record from, or a trace to replay."""
+    parser.add_argument("package", metavar="PKG", nargs="?", help="a package to record from")
+    record = parser.add_argument_group("recording (PKG)")
+    what = record.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
+    record.add_argument("-o", "--output", metavar="FILE", type=Path, help="the trace to write")
+    record.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
+    record.add_argument(
+        "--temperature", metavar="T", type=float, help="0 is greedy (default: the package's)"
+    )
+    record.add_argument("--seed", type=int, help="of the sampler (default: 1)")
+    record.add_argument(
+        "--budget", metavar="SIZE", help="as for `run`; routing does not depend on it"
+    )
+    again = parser.add_argument_group("replaying (--replay)")
+    again.add_argument("--replay", metavar="FILE", type=Path, help="a trace to replay")
+    again.add_argument(
+        "--package",
+        metavar="PKG",
+        dest="package_of",
+        help="where a trace without a head was recorded: gives the experts' number and sizes",
+    )
+    again.add_argument(
+        "--budgets",
+        metavar="SIZES",
+        help=f"comma-separated, each as for `run` (default: {_BUDGETS})".replace("%", "%%"),
+    )
+    again.add_argument(
+        "--plot", metavar="PNG", type=Path, help="draw hit rate over budget (extra: plot)"
+    )
+    again.add_argument(
+        "--heatmap", metavar="PNG", type=Path, help="draw layer by expert usage (extra: plot)"
+    )
+    again.add_argument(
+        "--profile", metavar="JSON", type=Path, help="write how hot each expert is, for `pinned`"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record or replay."""
+    if (args.package is None) == (args.replay is None):
+        raise InputError("give either a package to record from, or --replay FILE")
+    for name in _REPLAYING if args.package else _RECORDING:
+        if getattr(args, name) is not None:
+            option = {"package_of": "package"}.get(name, name).replace("_", "-")
+            mode = "without" if args.package else "with"
+            raise InputError(f"--{option} has no meaning {mode} --replay")
+    if args.package:
+        _record(args)
+    else:
+        _replay(args)
+    return 0
+
+
+def _record(args: argparse.Namespace) -> None:
+    if args.output is None or (args.prompt is None and args.tokens is None):
+        raise InputError("recording needs --prompt TEXT or --tokens IDS, and -o FILE")
+    prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
+    with warnings.catch_warnings():
+        # Whether it pages well does not matter here.
+        warnings.simplefilter("ignore", PagingWarning)
+        model = load(args.package, budget=args.budget)
+    with model, progress("tokens", quiet=args.quiet) as report:
+        if not model.manifest.layers:
+            raise InputError(f"{args.package}: there are no experts to trace")
+        generated = model.generate(
+            prompt, max_new_tokens=args.max_new, temperature=args.temperature, seed=args.seed
+        )
+        made = 0
+        try:
+            model.trace(args.output)
+        except OSError as error:
+            raise InputError(f"{args.output}: cannot be written: {error.strerror}") from error
+        for made, _ in enumerate(generated, 1):
+            report(made, args.max_new or made)
+    trace = read_trace(args.output)
+    if args.json:
+        result = {"trace": str(args.output), "generated": made, **_summary(trace)}
+        print_json(result)
+    else:
+        remark(
+            f"{args.output}: {trace.tokens:,} tokens through {len(trace.layers)} layers, "
+            f"{human_bytes(args.output.stat().st_size)}",
+            quiet=args.quiet,
+        )
+
+
+def _replay(args: argparse.Namespace) -> None:
+    trace = _read(args)
+    budgets = _budgets(trace, args.budgets or _BUDGETS)
+    results = _table(trace, list(budgets.values()), args.quiet)
+    if args.profile:
+        args.profile.write_bytes(encode_profile(profile_of(trace)))
+    if args.heatmap:
+        _draw_heatmap(trace, args.heatmap, args.replay.name)
+    if args.plot:
+        _draw_hit_rates(trace, args.plot, args.replay.name, args.quiet)
+    if args.json:
+        total = all_bytes(trace.layers)
+        rows = [
+            {
+                "policy": one.policy,
+                "budget": one.budget,
+                "share": one.budget / total,
+                "hits": one.hits,
+                "misses": one.misses,
+                "hit_rate": one.hit_rate,
+                "bytes_read": one.bytes_read if trace.recorded_layers else None,
+            }
+            for one in results
+        ]
+        print_json({"trace": str(args.replay), **_summary(trace), "results": rows})
+        return
+    rates = {(one.policy, one.budget): f"{one.hit_rate:.3f}" for one in results}
+    columns = {text: max(len(text), 5) for text in budgets}
+    print_table(
+        {"hit rate": "  ".join(f"{text:>{width}}" for text, width in columns.items())}
+        | {
+            policy: "  ".join(
+                f"{rates[policy, budgets[text]]:>{width}}" for text, width in columns.items()
+            )
+            for policy in POLICIES
+        }
+    )
+    cycle = cycle_bytes(trace.layers) / all_bytes(trace.layers)
+    remark(
+        f"{trace.tokens:,} tokens, {len(trace.layers)} layers; one token's cycle is {cycle:.1%} of "
+        "all experts; `pinned` knows this trace's own heat, `belady` its future",
+        quiet=args.quiet,
+    )
+    if not trace.recorded_layers:
+        remark("the experts are counted by the ids seen: --package says how many", quiet=args.quiet)
+
+
+def _read(args: argparse.Namespace) -> Trace:
+    trace = read_trace(args.replay)
+    if args.package_of:
+        with open_location(args.package_of) as package:
+            trace = trace.of(expert_layers(package.manifest), str(args.replay))
+    if not trace.steps:
+        raise InputError(f"{args.replay}: expected a step or more, found none")
+    return trace
+
+
+def _budgets(trace: Trace, text: str) -> dict[str, int]:
+    """What was written → bytes."""
+    total = all_bytes(trace.layers)
+    sizes = [part.strip() for part in text.split(",") if part.strip()]
+    if not sizes:
+        raise InputError(f"--budgets: expected sizes like {_BUDGETS}, found {text!r}")
+    for size in sizes:
+        if not size.endswith("%") and not trace.recorded_layers:
+            raise InputError(
+                f"--budgets: {size}: the trace does not say how large its experts are",
+                hint="Give a share, like 25%, or the model with --package PKG.",
+            )
+    return {size: parse_size(size, total) for size in sizes}
+
+
+def _table(trace: Trace, budgets: list[int], quiet: bool) -> list[Replay]:
+    wanted = [(policy, budget) for policy in POLICIES for budget in budgets]
+    results = []
+    with progress("replays", quiet=quiet) as report:
+        for done, (policy, budget) in enumerate(wanted, 1):
+            results.append(replay(trace, policy, budget))
+            report(done, len(wanted))
+    return results
+
+
+def _summary(trace: Trace) -> dict[str, Any]:
+    return {
+        "tokens": trace.tokens,
+        "steps": len(trace.steps),
+        "layers": len(trace.layers),
+        "experts": sum(layer.experts for layer in trace.layers),
+        "package": trace.package,
+        "cycle_share": cycle_bytes(trace.layers) / all_bytes(trace.layers),
+    }
+
+
+def _draw_hit_rates(trace: Trace, path: Path, name: str, quiet: bool) -> None:
+    total = all_bytes(trace.layers)
+    least, cycle = step_bytes(trace.layers), cycle_bytes(trace.layers)
+    # Close together up to the cycle, where the curves are steep, then every tenth.
+    steep = [int(least * (cycle / least) ** (at / 5)) for at in range(6)]
+    budgets = sorted({*steep, cycle, *(total * tenth // 10 for tenth in range(2, 11))})
+    budgets = [budget for budget in budgets if budget >= least]
+    curves: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
+    for one in _table(trace, budgets, quiet):
+        curves[one.policy].append((one.budget / total, one.hit_rate))
+    plot_hit_rates(
+        path, f"Hit rate by policy: {name}, {trace.tokens:,} tokens", curves, cycle / total
+    )
+
+
+def _draw_heatmap(trace: Trace, path: Path, name: str) -> None:
+    profile = profile_of(trace)
+    shares = []
+    for layer, heat in zip(trace.layers, profile.layers, strict=True):
+        routed = sum(heat.uses) / layer.top_k or 1
+        shares.append([uses / routed for uses in heat.uses])
+    plot_heatmap(
+        path,
+        f"Expert usage: {name}, {trace.tokens:,} tokens",
+        [layer.layer for layer in trace.layers],
+        shares,
+    )
