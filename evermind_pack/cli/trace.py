@@ -125,6 +125,8 @@ def _replay(args: argparse.Namespace) -> None:
     trace = _read(args)
     budgets = _budgets(trace, args.budgets or _BUDGETS)
     results = _table(trace, list(budgets.values()), args.quiet)
+    if not trace.recorded_layers:
+        remark("the experts are counted by the ids seen: --package says how many", quiet=args.quiet)
     if args.profile:
         args.profile.write_bytes(encode_profile(profile_of(trace)))
     if args.heatmap:
@@ -164,8 +166,6 @@ def _replay(args: argparse.Namespace) -> None:
         "all experts; `pinned` knows this trace's own heat, `belady` its future",
         quiet=args.quiet,
     )
-    if not trace.recorded_layers:
-        remark("the experts are counted by the ids seen: --package says how many", quiet=args.quiet)
 
 
 def _read(args: argparse.Namespace) -> Trace:
@@ -217,9 +217,9 @@ def _summary(trace: Trace) -> dict[str, Any]:
 def _draw_hit_rates(trace: Trace, path: Path, name: str, quiet: bool) -> None:
     total = all_bytes(trace.layers)
     least, cycle = step_bytes(trace.layers), cycle_bytes(trace.layers)
-    # Close together up to the cycle, where the curves are steep, then every tenth.
+    # Close together up to the cycle, where recency falls off a cliff, then every tenth.
     steep = [int(least * (cycle / least) ** (at / 5)) for at in range(6)]
-    budgets = sorted({*steep, cycle, *(total * tenth // 10 for tenth in range(2, 11))})
+    budgets = sorted({*steep, cycle - 1, cycle, *(total * tenth // 10 for tenth in range(2, 11))})
     budgets = [budget for budget in budgets if budget >= least]
     curves: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
     for one in _table(trace, budgets, quiet):
