@@ -40,8 +40,10 @@ def test_recording_does_not_depend_on_the_budget(
 ) -> None:
     other = tmp_path / "other.jsonl"
     code, out, err = call(
-        capsys, package, "--tokens", "1,2,3", "--max-new", 30, "--budget", "25%", "-o", other, "--json"
-    )  # fmt: skip
+        capsys,
+        *(package, "--tokens", "1,2,3", "--max-new", 30, "-o", other),
+        *("--budget", "25%", "--json"),
+    )
     assert (code, err) == (0, "")
     assert other.read_bytes() == recorded.read_bytes()
     result = json.loads(out)
