@@ -201,3 +201,14 @@ def _use(model: em.Model, rng: np.random.Generator) -> None:
     for seed in random.Random(1).sample(range(1, 100), 3):
         prompt = rng.integers(0, 96, 30).tolist()
         list(model.generate(prompt, max_new_tokens=25, temperature=1.0, seed=seed))
+
+
+def test_the_table_in_the_documentation_is_what_a_replay_gives() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "paging.md").read_text()
+    lines = text.partition("olmoe_299.jsonl --budgets ")[2].splitlines()
+    shares = [float(size.rstrip("%")) / 100 for size in lines[0].split(",")]
+    for line, policy in zip(lines[2:], POLICIES, strict=False):
+        assert line.split() == [
+            policy,
+            *(f"{rate(olmoe(), policy, share):.3f}" for share in shares),
+        ]
