@@ -101,6 +101,10 @@ class DeviceError(EvermindPackError, RuntimeError):
     exit_code: ClassVar[int] = 2
 
 
+class ClosedError(EvermindPackError, ValueError):
+    """A package or model was used after it had been closed."""
+
+
 class MissingExtraError(EvermindPackError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
 
