@@ -6,8 +6,11 @@ Pure: takes what `graph.inspect_graph` and `safetensors_header.read_header` foun
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
+from .errors import GraphError
 from .graph import GraphDims, GraphInfo, GraphValue
 from .manifest import (
     EXTERNAL_EXPERT_LOCATION,
@@ -19,9 +22,14 @@ from .manifest import (
     Plan,
     Step,
 )
-from .problems import Problem, problem
+from .problems import Problem, problem, raise_errors
 from .safetensors_header import TensorRange
 from .structure import programs
+
+# The inputs of all graph steps together, each graph counted as often as it runs. A thousand
+# layers of 64 fused experts with six tensors each have a tenth of this.
+MAX_STEP_INPUTS: Final = 1 << 22
+_NAMES_SHOWN = 5
 
 
 def external_locations(manifest: Manifest, path: str) -> dict[str, int]:
@@ -51,13 +59,23 @@ def interface_problems(
         problems += _check_kind(f"kinds[{name!r}]", kind, graphs)
     external = {kind.graph_external for kind in manifest.kinds.values()}
     if resident is not None:
-        ranges = [(tensor.dtype, tensor.begin, tensor.end) for tensor in resident.values()]
+        ranges = _Ranges((tensor.dtype, tensor.begin, tensor.end) for tensor in resident.values())
         for path, info in graphs.items():
             if path not in external:
                 problems += _check_ranges(path, info, ranges)
     for program, steps in programs(manifest.plan):
         problems += _Program(manifest, graphs, resident, f"plan.{program}").check(steps)
     return problems
+
+
+def check_graph_interface(manifest: Manifest, path: str, info: GraphInfo) -> None:
+    """Raise `GraphError` where the graph `path` does not fit the steps and kinds that use it.
+
+    For a runtime about to make a session: what other graphs and the resident file hold is
+    not known here, so values that pass between graphs are compared by `interface_problems`
+    only. `manifest` has passed `check_structure`.
+    """
+    raise_errors(interface_problems(manifest, {path: info}, None), path, GraphError)
 
 
 def _check_kind(place: str, kind: Kind, graphs: Mapping[str, GraphInfo]) -> Iterator[Problem]:
@@ -74,20 +92,33 @@ def _check_kind(place: str, kind: Kind, graphs: Mapping[str, GraphInfo]) -> Iter
     if info is not None and kind.graph_external is not None:
         where = f"{place}.graph_external ({kind.graph_external})"
         yield from _check_bound(where, info, {"x"}, {"y"})
-        ranges = [(spec.dtype, spec.offset, spec.offset + spec.bytes) for spec in kind.tensors]
+        ranges = _Ranges(
+            (spec.dtype, spec.offset, spec.offset + spec.bytes) for spec in kind.tensors
+        )
         yield from _check_ranges(kind.graph_external, info, ranges)
 
 
-def _check_ranges(
-    path: str, info: GraphInfo, ranges: Sequence[tuple[str, int, int]]
-) -> Iterator[Problem]:
+class _Ranges:
+    """Ranges that do not overlap, by dtype; finds the one around another in O(log n)."""
+
+    def __init__(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        self._by_dtype: dict[str, list[tuple[int, int]]] = {}
+        for dtype, begin, end in ranges:
+            self._by_dtype.setdefault(dtype, []).append((begin, end))
+        for found in self._by_dtype.values():
+            found.sort()
+
+    def hold(self, dtype: str, begin: int, end: int) -> bool:
+        ranges = self._by_dtype.get(dtype, [])
+        after = bisect_right(ranges, begin, key=lambda item: item[0])
+        return after > 0 and end <= ranges[after - 1][1]
+
+
+def _check_ranges(path: str, info: GraphInfo, ranges: _Ranges) -> Iterator[Problem]:
     """Each external initializer lies inside one tensor of its dtype (a tile is a part of it)."""
     for tensor in info.external:
         end = tensor.offset + tensor.length
-        if not any(
-            dtype == tensor.dtype and begin <= tensor.offset and end <= stop
-            for dtype, begin, stop in ranges
-        ):
+        if not ranges.hold(tensor.dtype, tensor.offset, end):
             yield problem(
                 "graph-external",
                 f"{path}: tensor {tensor.name!r}",
@@ -100,12 +131,18 @@ def _check_bound(
     place: str, info: GraphInfo, inputs: set[str], outputs: set[str]
 ) -> Iterator[Problem]:
     """The graph's inputs are exactly those bound, its outputs at least those read."""
-    for name in sorted(inputs - info.inputs.keys()):
-        yield problem("graph-interface", place, f"the graph has no input {name!r}")
-    for name in sorted(info.inputs.keys() - inputs):
-        yield problem("graph-interface", place, f"nothing is bound to the graph's input {name!r}")
-    for name in sorted(outputs - info.outputs.keys()):
-        yield problem("graph-interface", place, f"the graph has no output {name!r}")
+    for names, what in (
+        (inputs - info.inputs.keys(), "the graph has no input"),
+        (info.inputs.keys() - inputs, "nothing is bound to the graph's input"),
+        (outputs - info.outputs.keys(), "the graph has no output"),
+    ):
+        if names:
+            yield problem("graph-interface", place, f"{what} {_listed(names)}")
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" (and {len(names) - _NAMES_SHOWN} more)" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(map(repr, sorted(names)[:_NAMES_SHOWN])) + more
 
 
 def _check_match(
@@ -159,6 +196,7 @@ class _Program:
         self._board |= {
             name: GraphValue(name, spec.dtype, spec.shape) for name, spec in plan.state.items()
         }
+        self._inputs = 0
 
     def check(self, steps: Sequence[Step]) -> Iterator[Problem]:
         for number, step in enumerate(steps):
@@ -166,9 +204,14 @@ class _Program:
             if isinstance(step, ExpertsStep):
                 yield from self._check_experts(place, step)
             elif step.graph in self._graphs:
-                yield from self._check_graph(
-                    f"{place} ({step.graph})", step, self._graphs[step.graph]
-                )
+                info = self._graphs[step.graph]
+                self._inputs += len(info.inputs)
+                if self._inputs > MAX_STEP_INPUTS:
+                    yield problem(
+                        "graph-interface", place, f"over {MAX_STEP_INPUTS:,} inputs up to here"
+                    )
+                    return
+                yield from self._check_graph(f"{place} ({step.graph})", step, info)
         for name, spec in self._plan.outputs.items():
             expected = GraphValue(name, spec.dtype, spec.shape)
             found = self._board.get(spec.value or name)
@@ -184,17 +227,12 @@ class _Program:
             yield from _check_match(place, name, expected, self._board.get(name))
         if info is not None:
             yield from _check_match(place, step.x, info.inputs.get("x"), self._board.get(step.x))
-            if "y" in info.outputs:
-                self._board[step.y] = info.outputs["y"]
+            yield from self._write(place, "y", step.y, info.outputs.get("y"))
 
     def _check_graph(self, place: str, step: GraphStep, info: GraphInfo) -> Iterator[Problem]:
-        experts = dict(self._expert_inputs(step))
-        bound = {*step.inputs, *step.weights, *experts}
-        yield from _check_bound(place, info, bound, set(step.outputs))
+        yield from self._check_bindings(place, step, info)
         for name, value in step.inputs.items():
             yield from _check_match(place, name, info.inputs.get(name), self._board.get(value))
-        for name, tensor in experts.items():
-            yield from _check_match(place, name, tensor, info.inputs.get(name))
         for name, resident in step.weights.items():
             yield from self._check_weight(place, resident, info.inputs.get(name))
         if step.experts is not None:
@@ -202,13 +240,32 @@ class _Program:
             ids = self._board.get(step.experts.ids)
             yield from _check_match(place, step.experts.ids, expected, ids)
         for name, value in step.outputs.items():
-            found = info.outputs.get(name)
-            state = self._plan.state.get(value)
-            if state is not None:
-                expected = GraphValue(value, state.dtype, state.shape)
-                yield from _check_match(place, f"{name} -> {value}", expected, found)
-            elif found is not None:
-                self._board[value] = found
+            yield from self._write(place, name, value, info.outputs.get(name))
+
+    def _check_bindings(self, place: str, step: GraphStep, info: GraphInfo) -> Iterator[Problem]:
+        """The names bound, and the types of the fused experts' tensors."""
+        experts: dict[str, GraphValue] = {}
+        layer = self._layers.get(step.experts.layer) if step.experts is not None else None
+        kind = self._kinds.get(layer.kind) if layer is not None else None
+        if layer is not None and kind is not None:
+            # `top_k` may be any number: it is counted with only where the graph has the inputs.
+            if layer.top_k * len(kind.tensors) > len(info.inputs):
+                yield problem(
+                    "graph-interface",
+                    place,
+                    f"top_k {layer.top_k} experts of {len(kind.tensors)} tensors are bound, the"
+                    f" graph has {len(info.inputs)} inputs",
+                )
+                return
+            experts = {
+                f"expert{i}.{spec.name}": GraphValue(spec.name, spec.dtype, spec.shape)
+                for spec in kind.tensors
+                for i in range(layer.top_k)
+            }
+        bound = {*step.inputs, *step.weights, *experts}
+        yield from _check_bound(place, info, bound, set(step.outputs))
+        for name, tensor in experts.items():
+            yield from _check_match(place, name, tensor, info.inputs.get(name))
 
     def _check_weight(self, place: str, name: str, bound: GraphValue | None) -> Iterator[Problem]:
         if self._resident is None:
@@ -219,12 +276,13 @@ class _Program:
             return
         yield from _check_match(place, name, GraphValue(name, tensor.dtype, tensor.shape), bound)
 
-    def _expert_inputs(self, step: GraphStep) -> Iterator[tuple[str, GraphValue]]:
-        layer = self._layers.get(step.experts.layer) if step.experts is not None else None
-        kind = self._kinds.get(layer.kind) if layer is not None else None
-        if layer is None or kind is None:
-            return
-        for i in range(layer.top_k):
-            for spec in kind.tensors:
-                name = f"expert{i}.{spec.name}"
-                yield name, GraphValue(name, spec.dtype, spec.shape)
+    def _write(
+        self, place: str, name: str, value: str, found: GraphValue | None
+    ) -> Iterator[Problem]:
+        """Note the type of `value`; a state keeps its own, and the old value is what is read."""
+        state = self._plan.state.get(value)
+        if state is not None:
+            expected = GraphValue(value, state.dtype, state.shape)
+            yield from _check_match(place, f"{name} -> {value}", expected, found)
+        elif found is not None:
+            self._board[value] = found

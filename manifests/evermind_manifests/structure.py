@@ -213,7 +213,7 @@ def _check_shard_file(manifest: Manifest, number: int, shard: Shard) -> Iterator
 def _check_missing(manifest: Manifest, seen: Mapping[tuple[int, int], int]) -> Iterator[Problem]:
     # A hostile manifest may claim 2^31 experts: compare counts before counting one by one.
     present = Counter(layer for layer, _ in seen)
-    for entry in manifest.layers:
+    for entry in {entry.layer: entry for entry in manifest.layers}.values():
         missing = entry.experts - present[entry.layer]
         if missing <= 0:
             continue

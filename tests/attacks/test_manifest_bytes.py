@@ -203,3 +203,70 @@ VALID = json.dumps(
         },
     }
 ).encode()
+
+
+LARGEST = 2**31 - 1
+
+
+def change_layers(raw: dict[str, Any], **values: Any) -> None:
+    for layer in raw["layers"]:
+        layer.update(values)
+
+
+def repeat_fused_step(raw: dict[str, Any]) -> None:
+    raw["plan"]["decode"] += [raw["plan"]["decode"][1]] * 100
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: change_layers(raw, top_k=LARGEST), "top_k 2147483647 experts of 4 tensors"),
+        (
+            lambda raw: change_layers(raw, top_k=LARGEST, experts=LARGEST),
+            "top_k 2147483647 experts of 4 tensors are bound, the graph has 10 inputs",
+        ),
+        (
+            lambda raw: [
+                change_layers(raw, top_k=LARGEST, experts=LARGEST),
+                raw["kinds"]["ffn"].update(tensors=[]),
+            ],
+            "tensors: there are none",
+        ),
+        (lambda raw: change_layers(raw, layer=LARGEST), "layer 2147483647: stands 2 times"),
+        (lambda raw: change_layers(raw, top_k=3), "top_k 3 experts of 4 tensors are bound"),
+        (
+            lambda raw: raw["plan"]["inputs"]["x"].update(shape=[LARGEST] * 16),
+            "found f32 [2147483647, ",
+        ),
+        (
+            lambda raw: raw["plan"]["state"]["state"].update(shape=[LARGEST] * 16),
+            "state-too-large",
+        ),
+        (
+            lambda raw: raw["kinds"]["ffn"]["tensors"][0].update(shape=[LARGEST] * 16),
+            "kind-layout",
+        ),
+    ],
+)
+def test_numbers_are_not_counted_to(
+    package: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    """A loop that runs as often as the manifest says would not end within the time limit."""
+    edit_manifest(package, change)
+    report = validate(package, deep=True)
+    assert not report.ok
+    assert message in report.render()
+
+
+def test_the_inputs_of_all_steps_are_limited(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps cost a few bytes each, and their graphs' inputs nothing in the manifest."""
+    monkeypatch.setattr("evermind_manifests.interface.MAX_STEP_INPUTS", 100)
+    edit_manifest(package, repeat_fused_step)
+    report = validate(package, deep=True)
+    found = [item for item in report.errors if item.code == "graph-interface"]
+    assert [(item.place, item.message) for item in found] == [
+        ("plan.decode[13]", "over 100 inputs up to here")
+    ]
