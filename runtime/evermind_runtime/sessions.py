@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.graph import check_graph, inspect_graph
+from evermind_manifests.interface import check_graph_interface
 from evermind_manifests.package import Package
 
 from . import onnx_runtime
@@ -30,9 +31,9 @@ class Sessions:
     def get(self, path: str) -> ort.InferenceSession:
         """The session of the graph at `path` in the package.
 
-        Raises `DigestError` if the file is not what the manifest says, `ManifestError` if the
-        graph reaches for anything outside the package, `UnsupportedError` if ONNX Runtime
-        cannot run it.
+        Raises `DigestError` if the file is not what the manifest says, `GraphError` if the
+        graph reaches for anything outside the package or does not fit the plan,
+        `UnsupportedError` if ONNX Runtime cannot run it.
         """
         with self._lock:
             if path not in self._sessions:
@@ -48,7 +49,9 @@ class Sessions:
         model = self._package.read_file(path)
         resident = self._resident
         external = {resident.location: resident.buffer.nbytes} if resident.path else {}
-        check_graph(inspect_graph(model, path), path, external=external)
+        info = inspect_graph(model, path)
+        check_graph(info, path, external=external)
+        check_graph_interface(self._package.manifest, path, info)
         ort = onnx_runtime.require()
         options = onnx_runtime.session_options()
         # Weights are used where they lie: no second copy in memory, none repacked.

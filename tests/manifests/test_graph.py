@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import onnx
 import pytest
 from evermind_manifests.errors import GraphError
 from evermind_manifests.graph import GraphValue, check_graph, graph_problems, inspect_graph
+from evermind_manifests.interface import check_graph_interface
+from evermind_manifests.manifest import StateSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from tests.conftest import GoldenCase
-from tests.manifests.builders import external_tensor, tiny_graphs, tiny_layout
+from tests.manifests.builders import external_tensor, tiny_graphs, tiny_layout, tiny_manifest
 
 FLOAT = TensorProto.FLOAT
 
@@ -242,3 +245,35 @@ def test_a_damaged_graph_never_crashes(data: st.DataObject) -> None:
         inside = tensor.location == "expert.bin" and tensor.offset + tensor.length <= 64
         problems = graph_problems(info, "g", external={"expert.bin": 64})
         assert inside or any(repr(tensor.name) in item.place for item in problems)
+
+
+@pytest.mark.parametrize("path", sorted(tiny_graphs()))
+def test_a_graph_that_fits_its_steps(path: str) -> None:
+    check_graph_interface(tiny_manifest(), path, inspect_graph(tiny_graphs()[path], path))
+
+
+@pytest.mark.parametrize(
+    ("path", "other", "message"),
+    [
+        ("graphs/router.onnx", "graphs/head.onnx", r"plan\.prefill\[0\].*no input 'router', 'x'"),
+        ("graphs/segment.onnx", "graphs/head.onnx", r"plan\.decode\[1\].*top_k 2 experts"),
+        ("graphs/expert.onnx", "graphs/head.onnx", r"kinds\['ffn'\].*no input 'b1', 'b2', 'w1'"),
+        ("graphs/head.onnx", "graphs/router.onnx", r"bound to the graph's input 'router', 'x'"),
+        ("graphs/head.onnx", "graphs/router.onnx", r"the graph has no output 'next', 'y'"),
+    ],
+)
+def test_a_graph_that_does_not_fit_its_steps(path: str, other: str, message: str) -> None:
+    info = inspect_graph(tiny_graphs()[other], path)
+    with pytest.raises(GraphError, match=message):
+        check_graph_interface(tiny_manifest(), path, info)
+
+
+def test_a_state_of_another_shape_is_found_in_one_graph() -> None:
+    manifest = tiny_manifest()
+    state = {"state": StateSpec(dtype="f32", shape=(5,))}
+    manifest = msgspec.structs.replace(
+        manifest, plan=msgspec.structs.replace(manifest.plan, state=state)
+    )
+    info = inspect_graph(tiny_graphs()["graphs/head.onnx"], "graphs/head.onnx")
+    with pytest.raises(GraphError, match=r"'state': expected f32 \[4\], found f32 \[5\]"):
+        check_graph_interface(manifest, "graphs/head.onnx", info)
