@@ -44,7 +44,8 @@ def check_inputs(
         shape = (("batch",) if batched else ()) + plan.inputs[name].shape
         for expected, found in zip(shape, array.shape, strict=True):
             size = sizes.setdefault(expected, found) if isinstance(expected, str) else expected
-            if size != found or found == 0:
+            # No tokens at all is a sequence too; no rows, or no features, is a mistake.
+            if size != found or (found == 0 and expected != "T"):
                 raise InputError(
                     f"input {name!r}: expected shape {_dims(shape, sizes)}, found {array.shape}"
                 )
@@ -65,6 +66,12 @@ def tokens_in(plan: Plan, inputs: Mapping[str, Array]) -> int:
     return 1
 
 
+def empty_output(spec: ValueSpec) -> Array:
+    """The output of no tokens: its shape with T = 0."""
+    shape = [0 if isinstance(dim, str) else dim for dim in spec.shape]
+    return np.zeros(shape, dtype=numpy_dtype(spec.dtype))
+
+
 def slice_tokens(plan: Plan, inputs: Mapping[str, Array], begin: int, end: int) -> dict[str, Array]:
     """The inputs for tokens `begin` to `end` (exclusive)."""
     return {
@@ -76,7 +83,12 @@ def slice_tokens(plan: Plan, inputs: Mapping[str, Array], begin: int, end: int) 
 
 
 def _typed(name: str, spec: ValueSpec, value: npt.ArrayLike) -> Array:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"input {name!r}: not an array: {error}") from error
+    if array.size == 0 and not isinstance(value, np.ndarray):
+        array = array.astype(numpy_dtype(spec.dtype))  # numpy calls an empty list floats
     dtype = np.dtype(numpy_dtype(spec.dtype))
     # Floats may change precision and integers width; a float is never taken for an id.
     if not np.can_cast(array.dtype, dtype, casting="same_kind"):

@@ -19,6 +19,7 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_MOST = 2.0**53
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*")
 
 
@@ -27,38 +28,42 @@ def parse_budget(text: str | int, manifest: Manifest) -> int:
 
     Raises `BudgetError` for anything else.
     """
-    return text if isinstance(text, int) else parse_size(text, total_expert_bytes(manifest))
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    return parse_size(text, total_expert_bytes(manifest))
 
 
-def parse_size(text: str, total: int) -> int:
+def parse_size(text: object, total: int) -> int:
     """The same where all experts take `total` bytes. Raises `BudgetError`."""
-    match = _SIZE.fullmatch(text)
-    number, unit = (match[1], match[2].lower()) if match else ("0", "?")
-    if unit == "%":
-        return int(float(number) / 100 * total)
-    if unit not in _UNITS:
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "?")
+    units = {**_UNITS, "%": total / 100}
+    if unit not in units or number > _MOST:
         raise BudgetError(
             f"budget: expected bytes, a size like '256MiB' or '2GB', or a share like '25%', "
-            f"found {text!r}"
+            f"found {str(text)[:80]!r}"
         )
-    return int(float(number) * _UNITS[unit])
+    return int(number * units[unit])
 
 
 def total_expert_bytes(manifest: Manifest) -> int:
     """What all experts take when every one is resident."""
-    return sum(layer.experts * manifest.kinds[layer.kind].bytes for layer in manifest.layers)
+    return slot_bytes(manifest) * sum(layer.experts for layer in manifest.layers)
 
 
 def working_set_bytes(manifest: Manifest) -> int:
-    """The least budget that works: the experts one token needs in one layer."""
-    return max(
-        (layer.top_k * manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0
-    )
+    """The least budget that works: slots for the experts one token needs in one layer."""
+    return slot_bytes(manifest) * max((layer.top_k for layer in manifest.layers), default=0)
+
+
+def slot_bytes(manifest: Manifest) -> int:
+    """What one resident expert takes: as much as the largest kind that a layer uses."""
+    return max((manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0)
 
 
 def token_cycle_bytes(manifest: Manifest) -> int:
     """The experts one token passes through, over all layers."""
-    return sum(layer.top_k * manifest.kinds[layer.kind].bytes for layer in manifest.layers)
+    return slot_bytes(manifest) * sum(layer.top_k for layer in manifest.layers)
 
 
 def check_budget(budget: int, manifest: Manifest) -> None:
@@ -74,12 +79,12 @@ def check_budget(budget: int, manifest: Manifest) -> None:
 
 
 def thrash_warning(budget: int, manifest: Manifest) -> str | None:
-    """A sentence for a budget under one token's cycle, where recency keeps nothing; else `None`."""
+    """A sentence for a budget under one token's cycle, where little can be kept; else `None`."""
     cycle = token_cycle_bytes(manifest)
     if not working_set_bytes(manifest) <= budget < cycle:
         return None
     return (
         f"the budget of {budget:,} bytes is below the {cycle:,} bytes of experts that one token "
-        f"passes through: each is evicted before its layer comes round again, so expect a hit "
-        f"rate near 0 % and every expert to be read for every token"
+        f"passes through: most are evicted before their layer comes round again, so expect "
+        f"few hits (none with the policy 'lru') and most experts to be read for every token"
     )

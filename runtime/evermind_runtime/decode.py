@@ -14,7 +14,7 @@ import numpy as np
 from evermind_manifests.manifest import GraphStep
 
 from .devices import Slot, host_value, numpy_dtype
-from .program import Engine
+from .program import Engine, run_graph
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _ONNX_TYPES: dict[str, Any] = {
 
 @dataclass(slots=True)
 class _BoundStep:
+    graph: str
     session: Any
     binding: ort.IOBinding
     # For fused experts: their layer, the router's choice (a bound buffer), the inputs' names
@@ -61,9 +62,23 @@ class BoundDecode:
         for step in steps:
             self._allocate(step)
         self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
-        self.outputs = {
-            name: self._values[spec.value or name] for name, spec in plan.outputs.items()
-        }
+        # An output taken from a state is what the step just wrote: current after the flip.
+        self._outputs = tuple(
+            {
+                name: ({**self._values, **written})[spec.value or name]
+                for name, spec in plan.outputs.items()
+            }
+            for written in state.buffers
+        )
+
+    def belongs_to(self, engine: Engine) -> bool:
+        """Whether these are `engine`'s graphs and experts."""
+        return self._engine is engine
+
+    @property
+    def outputs(self) -> Mapping[str, Array]:
+        """What the last step gave; overwritten by the next."""
+        return self._outputs[self._state.side]
 
     @staticmethod
     def supports(engine: Engine) -> bool:
@@ -71,7 +86,7 @@ class BoundDecode:
         return all(isinstance(step, GraphStep) for step in engine.manifest.plan.decode)
 
     def step(self, inputs: Mapping[str, Array]) -> None:
-        """Run the program on one token (arrays as in the plan, T = 1); `outputs` then hold.
+        """Run the program on one token (arrays as in the plan, T = 1), for `outputs`.
 
         If it fails, the state is as before.
         """
@@ -80,26 +95,23 @@ class BoundDecode:
         pager = self._engine.pager
         for step in self._sides[self._state.side]:
             if step.ids is None:
-                step.session.run_with_iobinding(step.binding)
+                run_graph(step.graph, step.session, step.binding)
                 continue
             tokens = step.ids.tolist()
             pager.routed(step.layer, tokens)
             slots = pager.acquire(step.layer, tokens[0])
             try:
                 self._rebind(step, slots)
-                step.session.run_with_iobinding(step.binding)
+                run_graph(step.graph, step.session, step.binding)
             finally:
                 pager.release(slots)
         self._state.flip()
 
-    @staticmethod
-    def _rebind(step: _BoundStep, slots: list[Slot]) -> None:
+    def _rebind(self, step: _BoundStep, slots: list[Slot]) -> None:
         for position, slot in enumerate(slots):
-            if step.bound[position] is slot:
-                continue
-            for name, value in zip(step.names[position], slot.values, strict=True):
-                step.binding.bind_ortvalue_input(name, value)
-            step.bound[position] = slot
+            if step.bound[position] is not slot:
+                slot.bind(step.binding, step.names[position], self._engine.kinds[step.layer])
+                step.bound[position] = slot
 
     def _allocate(self, step: GraphStep) -> None:
         """A buffer for every value the step produces, of the shape its graph declares."""
@@ -125,11 +137,11 @@ class BoundDecode:
         for name, value in step.outputs.items():
             binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
-            return _BoundStep(session, binding, -1, None, [], [])
+            return _BoundStep(step.graph, session, binding, -1, None, [], [])
         layer, ids = step.experts.layer, self._values[step.experts.ids]
-        tensors = engine.kinds[layer].tensors
-        names = [tuple(f"expert{i}.{spec.name}" for spec in tensors) for i in range(ids.shape[1])]
-        return _BoundStep(session, binding, layer, ids, names, [None] * len(names))
+        names = engine.expert_inputs(layer, ids.shape[1])
+        bound: list[Slot | None] = [None] * len(names)
+        return _BoundStep(step.graph, session, binding, layer, ids, names, bound)
 
 
 def _value(array: Array) -> ort.OrtValue:

@@ -1,17 +1,18 @@
 """Where expert weights are held for computing: host memory, or a CUDA device.
 
-A slot is allocated once per place in the budget; its tensors' OrtValues are built with it,
-so that a page-in is one read and a binding is one call.
+A slot is allocated once per place in the budget, and the OrtValues of its tensors are built
+once over it, so that a page-in is one read and a binding is one call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import DeviceError
-from evermind_manifests.manifest import DType, Kind
+from evermind_manifests.manifest import DType, Kind, TensorSpec
 
 from . import onnx_runtime
 
@@ -35,19 +36,23 @@ _PAGE = 4096
 _CACHE_LINE = 64
 
 
-class Slot:
-    """Room for one expert. `buffer` takes the shard's bytes; `values` are its bound tensors.
+class Slot(Protocol):
+    """Room for one expert of any kind of the package.
 
-    Owned by the pager: `pins` and the buffer's content change only under its lock.
+    Owned by the pager: `pins` and the content change only under its lock. All slots of a
+    package are as large as its largest kind, so memory never has to move between kinds.
     """
 
-    __slots__ = ("buffer", "bytes", "pins", "values")
+    bytes: int
+    pins: int
+    #: Host memory that takes a shard's bytes.
+    buffer: npt.NDArray[np.uint8]
 
-    def __init__(self, buffer: npt.NDArray[np.uint8], values: tuple[ort.OrtValue, ...]) -> None:
-        self.buffer = buffer
-        self.bytes = buffer.nbytes
-        self.values = values
-        self.pins = 0
+    def upload(self) -> None:
+        """Make what was just read into `buffer` what `bind` binds."""
+
+    def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
+        """Bind the tensors of an expert of `kind`, in order, to these graph inputs."""
 
 
 class Device(Protocol):
@@ -56,11 +61,8 @@ class Device(Protocol):
     name: str
     providers: list[Any]
 
-    def new_slot(self, kind: Kind) -> Slot:
-        """Allocate room for one expert of `kind`."""
-
-    def upload(self, slot: Slot, kind: Kind) -> None:
-        """Make `slot.values` hold what was just read into `slot.buffer`."""
+    def new_slot(self, size: int) -> Slot:
+        """Allocate a slot of `size` bytes."""
 
 
 class CpuDevice:
@@ -70,17 +72,39 @@ class CpuDevice:
         self.name = "cpu"
         self.providers: list[Any] = ["CPUExecutionProvider"]
 
-    def new_slot(self, kind: Kind) -> Slot:
+    def new_slot(self, size: int) -> Slot:
         """Host memory, page-aligned where the expert is large enough to be worth it."""
-        buffer = _aligned(kind.bytes)
-        return Slot(buffer, _host_values(buffer, kind))
+        return _CpuSlot(size)
 
-    def upload(self, slot: Slot, kind: Kind) -> None:
+
+class _CpuSlot:
+    __slots__ = ("_values", "buffer", "bytes", "pins")
+
+    def __init__(self, size: int) -> None:
+        self.buffer = _aligned(size)
+        self.bytes = size
+        self.pins = 0
+        # By the kind's identity: hashing a kind's whole layout at every step would cost more
+        # than the step's bindings.
+        self._values: dict[int, tuple[ort.OrtValue, ...]] = {}
+
+    def upload(self) -> None:
         """Nothing to do: the values are views of the buffer."""
+
+    def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
+        values = self._values.get(id(kind))
+        if values is None:
+            values = self._values[id(kind)] = tuple(self._view(spec) for spec in kind.tensors)
+        for name, value in zip(names, values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+
+    def _view(self, spec: TensorSpec) -> ort.OrtValue:
+        part = self.buffer[spec.offset : spec.offset + spec.bytes]
+        return host_value(part.view(_NUMPY[spec.dtype]).reshape(spec.shape), spec.dtype)
 
 
 class CudaDevice:
-    """Slots are device memory; page-ins go through one host buffer per kind."""
+    """Slots are device memory; page-ins go through one host buffer."""
 
     def __init__(self, index: int = 0) -> None:
         available = onnx_runtime.require().get_available_providers()
@@ -95,31 +119,40 @@ class CudaDevice:
         self._index = index
         options = {"device_id": str(index), "arena_extend_strategy": "kSameAsRequested"}
         self.providers: list[Any] = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-        self._staging: dict[int, tuple[npt.NDArray[np.uint8], tuple[ort.OrtValue, ...]]] = {}
+        self._staging: npt.NDArray[np.uint8] | None = None
 
-    def new_slot(self, kind: Kind) -> Slot:
-        """Device memory, and the kind's staging buffer to read into."""
+    def new_slot(self, size: int) -> Slot:
+        """Device memory, and the staging buffer all slots share (the pager's lock guards it)."""
+        if self._staging is None:
+            self._staging = _aligned(size)
+        return _CudaSlot(self._staging, self._index)
+
+
+class _CudaSlot:
+    __slots__ = ("_index", "_memory", "_staged", "buffer", "bytes", "pins")
+
+    def __init__(self, staging: npt.NDArray[np.uint8], index: int) -> None:
         OrtValue = onnx_runtime.require().OrtValue
-        values = tuple(
-            OrtValue.ortvalue_from_shape_and_type(
-                list(spec.shape),
-                _ONNX_BFLOAT16 if spec.dtype == "bf16" else _NUMPY[spec.dtype],
-                "cuda",
-                self._index,
-            )
-            for spec in kind.tensors
+        self.buffer = staging
+        self.bytes = staging.nbytes
+        self.pins = 0
+        self._index = index
+        self._staged = host_value(staging, "u8")
+        self._memory = OrtValue.ortvalue_from_shape_and_type(
+            [staging.nbytes], np.uint8, "cuda", index
         )
-        return Slot(self._staged(kind)[0], values)
 
-    def upload(self, slot: Slot, kind: Kind) -> None:
+    def upload(self) -> None:
         """Copy the staging buffer to the device; returns when it is there."""
-        onnx_runtime.require().copy_tensors(list(self._staged(kind)[1]), list(slot.values))
+        onnx_runtime.require().copy_tensors([self._staged], [self._memory])
 
-    def _staged(self, kind: Kind) -> tuple[npt.NDArray[np.uint8], tuple[ort.OrtValue, ...]]:
-        if id(kind) not in self._staging:
-            buffer = _aligned(kind.bytes)
-            self._staging[id(kind)] = (buffer, _host_values(buffer, kind))
-        return self._staging[id(kind)]
+    def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
+        base = self._memory.data_ptr()
+        for name, spec in zip(names, kind.tensors, strict=True):
+            dtype = _ONNX_BFLOAT16 if spec.dtype == "bf16" else _NUMPY[spec.dtype]
+            binding.bind_input(
+                name, "cuda", self._index, dtype, list(spec.shape), base + spec.offset
+            )
 
 
 def open_device(name: str) -> CpuDevice | CudaDevice:
@@ -137,18 +170,6 @@ def _aligned(size: int) -> npt.NDArray[np.uint8]:
     raw = np.empty(size + alignment, dtype=np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + size]
-
-
-def _host_values(buffer: npt.NDArray[np.uint8], kind: Kind) -> tuple[ort.OrtValue, ...]:
-    return tuple(
-        host_value(
-            buffer[spec.offset : spec.offset + spec.bytes]
-            .view(_NUMPY[spec.dtype])
-            .reshape(spec.shape),
-            spec.dtype,
-        )
-        for spec in kind.tensors
-    )
 
 
 def host_value(array: npt.NDArray[Any], dtype: DType) -> ort.OrtValue:

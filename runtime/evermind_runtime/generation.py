@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,6 +48,9 @@ def generate(
     limit = defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
     if limit < 0:
         raise InputError(f"max_new_tokens: expected 0 or more, found {limit}")
+    chosen = defaults.temperature if temperature is None else temperature
+    if math.isnan(chosen):
+        raise InputError("temperature: expected a number, found NaN")
     ids = _encode(model, prompt)
     vocabulary = plan.inputs["tokens"].limit
     bad = next((i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)), None)
@@ -54,7 +58,7 @@ def generate(
         raise InputError(
             f"prompt: expected token ids from 0 to {(vocabulary or 0) - 1}, found {bad}"
         )
-    sampler = Sampler(defaults.temperature if temperature is None else temperature, seed)
+    sampler = Sampler(chosen, seed)
     stops = frozenset(defaults.stop_tokens if stop_tokens is None else stop_tokens)
     return _loop(model, ids, limit, sampler, stops, state or model.new_state())
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from evermind_manifests.manifest import Count, Manifest, PositiveCount
 from msgspec import Struct
 
+from .budget import slot_bytes
+
 
 class ExpertLayer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One layer: its number, its experts, how many a token uses, and the bytes of one."""
+    """One layer: its number, its experts, how many a token uses, and what one takes in memory."""
 
     layer: Count
     experts: PositiveCount
@@ -24,7 +26,7 @@ def expert_layers(manifest: Manifest) -> tuple[ExpertLayer, ...]:
             layer=layer.layer,
             experts=layer.experts,
             top_k=layer.top_k,
-            bytes=manifest.kinds[layer.kind].bytes,
+            bytes=slot_bytes(manifest),
         )
         for layer in manifest.layers
     )

@@ -7,16 +7,16 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
-from evermind_manifests.errors import InputError
+from evermind_manifests.errors import ClosedError, InputError
 from evermind_manifests.manifest import Manifest
 from evermind_manifests.package import Package
 
 from . import onnx_runtime
-from .arrays import check_inputs, slice_tokens, tokens_in
+from .arrays import check_inputs, empty_output, slice_tokens, tokens_in
 from .budget import parse_budget, thrash_warning, total_expert_bytes
 from .choose_policy import PolicyName, make_policy
 from .decode import BoundDecode
@@ -59,6 +59,8 @@ class Model:
         policy: PolicyName = "decayed",
         profile: str | os.PathLike[str] | None = None,
     ) -> None:
+        if verify not in get_args(Verify):
+            raise InputError(f"verify: expected one of {get_args(Verify)}, found {verify!r}")
         self._package = package
         manifest = package.manifest
         total = total_expert_bytes(manifest)
@@ -73,6 +75,7 @@ class Model:
         )
         self._pager = Pager(package, self._device, self.budget, chosen, verify=verify)
         self._trace: TraceWriter | None = None
+        self._closed = False
         resident = Resident(package)
         sessions = Sessions(package, resident, self._device)
         self._engine = Engine(manifest, sessions, resident, self._pager)
@@ -118,6 +121,9 @@ class Model:
         computed (an empty list only moves the state). Raises `InputError` for arrays or
         states that do not fit.
         """
+        self._check_open()
+        if steps not in get_args(Steps):
+            raise InputError(f"steps: expected one of {get_args(Steps)}, found {steps!r}")
         plan = self.manifest.plan
         arrays, batch = check_inputs(plan, inputs)
         wanted = list(plan.outputs) if outputs is None else list(outputs)
@@ -130,8 +136,12 @@ class Model:
         if state is None:
             state = [self.new_state() for _ in range(count)]
         states = [state] if isinstance(state, State) else list(state)
-        if len(states) != count:
-            raise InputError(f"state: expected {count}, one per row, found {len(states)}")
+        if len(states) != count or len(set(map(id, states))) != count:
+            raise InputError(
+                f"state: expected {count} different ones, one per row, found {len(states)}"
+            )
+        for one in states:
+            self._check_state(one)
         if batch is None:
             return self._forward_one(arrays, states[0], steps, wanted)
         rows = [
@@ -152,9 +162,10 @@ class Model:
             self._tokens += 1
         if not self._binds_decode:
             return self._run("decode", inputs, state, list(self.manifest.plan.outputs))
-        if state.bindings is None:
-            state.bindings = BoundDecode(self._engine, state)
-        bound: BoundDecode = state.bindings
+        bound: BoundDecode | None = state.bindings
+        # A state may come from another model of the same package.
+        if bound is None or not bound.belongs_to(self._engine):
+            bound = state.bindings = BoundDecode(self._engine, state)
         bound.step(inputs)
         return bound.outputs
 
@@ -175,6 +186,9 @@ class Model:
         `generation` defaults. `state` continues an earlier sequence. Raises `InputError` if
         the package has no tokenizer for text, or does not generate.
         """
+        self._check_open()
+        if state is not None:
+            self._check_state(state)
         return generate(
             self,
             prompt,
@@ -223,6 +237,7 @@ class Model:
 
     def close(self) -> None:
         """Give back all memory and files. The model cannot be used afterwards."""
+        self._closed = True
         self.trace(None)
         self._pager.close()
         self._engine.sessions.close()
@@ -239,11 +254,24 @@ class Model:
     ) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self._package.location}: this model has been closed")
+
+    def _check_state(self, state: object) -> None:
+        if not isinstance(state, State) or not state.fits(self.manifest.plan):
+            raise InputError(
+                f"state: expected a State of this package ({self.manifest.name}), "
+                f"found {'one of another' if isinstance(state, State) else type(state).__name__}"
+            )
+
     def _forward_one(
         self, inputs: Mapping[str, Array], state: State, steps: Steps, wanted: Sequence[str]
     ) -> dict[str, Array]:
         plan = self.manifest.plan
         count = tokens_in(plan, inputs)
+        if count == 0:
+            return {name: empty_output(plan.outputs[name]) for name in wanted}
         chunk = 1 if steps == "decode" else self._chunk(count)
         parts: list[dict[str, Array]] = []
         for begin in range(0, count, chunk):

@@ -14,6 +14,7 @@ from typing import Any
 from evermind_manifests.errors import DeviceError, MissingExtraError
 
 _ERRORS_ONLY = 3
+_MOST_PER_CORE = 4
 _SAME_AS_REQUESTED = 1
 
 _pool_lock = threading.Lock()
@@ -42,9 +43,15 @@ def start(threads: int | None = None) -> int:
     Raises `DeviceError` when it already runs with another size.
     """
     global _pool_threads
+    cores = len(os.sched_getaffinity(0))
+    if threads is not None and not 1 <= threads <= _MOST_PER_CORE * cores:
+        raise DeviceError(
+            f"threads: expected 1 to {_MOST_PER_CORE * cores} on these {cores} cores, "
+            f"found {threads}"
+        )
     with _pool_lock:
         if _pool_threads is None:
-            size = threads or len(os.sched_getaffinity(0))
+            size = threads or cores
             try:
                 _share(size)
             except Exception as error:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from evermind_manifests.errors import ShardDigestError
-from evermind_manifests.manifest import Kind, Shard
+from evermind_manifests.errors import GraphError, ShardDigestError
+from evermind_manifests.manifest import Shard
 from evermind_manifests.package import Package, check_digest, shard_place
 from evermind_manifests.shard import check_shard, read_header
 
-from .budget import check_budget
+from .budget import check_budget, slot_bytes
 from .devices import Device, Slot
 from .policies import ExpertKey, Policy
 
@@ -62,13 +62,12 @@ class Pager:
         self._device = device
         self._verify = verify
         self._policy = policy
-        self._kinds = {
-            layer.layer: package.manifest.kinds[layer.kind] for layer in package.manifest.layers
-        }
+        self._experts = {layer.layer: layer.experts for layer in package.manifest.layers}
+        self._slot_bytes = slot_bytes(package.manifest)
         self._resident: dict[ExpertKey, Slot] = {}
-        self._free: dict[int, list[Slot]] = {}
+        self._free: list[Slot] = []
         self._verified: set[ExpertKey] = set()
-        self._pinned_bytes = 0
+        self._pinned_slots = 0
         self._released = threading.Condition()
 
     def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
@@ -79,35 +78,34 @@ class Pager:
                 self.recorder(layer, tokens)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> list[Slot]:
-        """The slots of these experts (all different) of one layer, pinned until `release`.
+        """The slots of these experts of one layer, pinned until `release`.
 
-        Raises `ShardDigestError` if a shard is not what the manifest says, or whatever the
-        store raises; nothing is pinned then.
+        Raises `GraphError` unless they are different experts of the layer, `ShardDigestError`
+        if a shard is not what the manifest says, or whatever the store raises; nothing is
+        pinned then.
         """
+        self._check(layer, experts)
         keys = [(layer, expert) for expert in experts]
         with self._released:
             while not self._fits(keys):
                 self._released.wait()
-            slots: list[Slot] = []
+            pinned: list[Slot] = []
             try:
                 # Pin what is there first, so that reading the others cannot evict it.
-                missing = []
+                missing = [key for key in keys if key not in self._resident]
                 for key in keys:
                     if key in self._resident:
-                        self._pin(self._resident[key])
-                    else:
-                        missing.append(key)
+                        self._pin(self._resident[key], pinned)
                 for key in missing:
-                    self._page_in(key)
-                slots = [self._resident[key] for key in keys]
+                    self._pin(self._page_in(key), pinned)
             except BaseException:
-                self._unpin(self._resident[key] for key in keys if key in self._resident)
+                self._unpin(pinned)
                 raise
             for key in keys:
                 self._policy.touched(key)
             self.counters.misses += len(missing)
             self.counters.hits += len(keys) - len(missing)
-            return slots
+            return [self._resident[key] for key in keys]
 
     def release(self, slots: Iterable[Slot]) -> None:
         """Let go of slots that `acquire` gave."""
@@ -121,76 +119,66 @@ class Pager:
             self._free.clear()
             self.counters.resident_bytes = 0
 
-    def _pin(self, slot: Slot) -> None:
-        if slot.pins == 0:
-            self._pinned_bytes += slot.bytes
+    def _check(self, layer: int, experts: Sequence[int]) -> None:
+        """A router's answer comes from a graph: trust it no more than any file."""
+        count = self._experts[layer]
+        if len(set(experts)) != len(experts) or min(experts) < 0 or max(experts) >= count:
+            raise GraphError(
+                f"{self._package.location}: layer {layer}: expected the router to choose "
+                f"different experts from 0 to {count - 1}, found {list(experts)}"
+            )
+
+    def _pin(self, slot: Slot, pinned: list[Slot]) -> None:
+        self._pinned_slots += slot.pins == 0
         slot.pins += 1
+        pinned.append(slot)
 
     def _unpin(self, slots: Iterable[Slot]) -> None:
         for slot in slots:
             slot.pins -= 1
             assert slot.pins >= 0, "a slot was released twice"
-            if slot.pins == 0:
-                self._pinned_bytes -= slot.bytes
+            self._pinned_slots -= slot.pins == 0
         self._released.notify_all()
 
     def _fits(self, keys: Sequence[ExpertKey]) -> bool:
         """Whether `keys` fit beside what other requests have pinned."""
-        needed = self._pinned_bytes
-        for key in keys:
-            slot = self._resident.get(key)
-            if slot is None or slot.pins == 0:
-                needed += self._kinds[key[0]].bytes
-        return needed <= self.budget
+        slots = (self._resident.get(key) for key in keys)
+        new = sum(slot is None or slot.pins == 0 for slot in slots)
+        return (self._pinned_slots + new) * self._slot_bytes <= self.budget
 
-    def _page_in(self, key: ExpertKey) -> None:
-        """Read one expert into a slot and pin it."""
-        kind = self._kinds[key[0]]
-        slot = self._take_slot(kind)
+    def _page_in(self, key: ExpertKey) -> Slot:
+        """Read one expert into a slot."""
+        slot = self._take_slot()
         try:
             started = time.perf_counter()
             self._read(key, slot)
-            self._device.upload(slot, kind)
+            slot.upload()
             self.counters.read_seconds += time.perf_counter() - started
         except BaseException:
-            self._free.setdefault(id(kind), []).append(slot)
+            self._free.append(slot)
             raise
-        self._pin(slot)
         self._resident[key] = slot
         self._policy.touched(key)
+        return slot
 
-    def _take_slot(self, kind: Kind) -> Slot:
-        """A slot for `kind`: a free one, a new one while the budget allows, or a victim's."""
-        while True:
-            free = self._free.get(id(kind))
-            if free:
-                return free.pop()
-            if self.counters.resident_bytes + kind.bytes <= self.budget:
-                slot = self._device.new_slot(kind)
-                self.counters.resident_bytes += kind.bytes
-                self.counters.peak_resident_bytes = max(
-                    self.counters.peak_resident_bytes, self.counters.resident_bytes
-                )
-                return slot
-            self._evict(kind)
-
-    def _evict(self, wanted: Kind) -> None:
-        """Give up one expert; its slot is kept for the same kind, else its memory is freed."""
-        for kind in self._kinds.values():
-            if kind is not wanted and self._free.get(id(kind)):
-                self._free[id(kind)].pop()
-                self.counters.resident_bytes -= kind.bytes
-                return
+    def _take_slot(self) -> Slot:
+        """A free slot, a new one while the budget allows, or a victim's."""
+        if self._free:
+            return self._free.pop()
+        counters = self.counters
+        if counters.resident_bytes + self._slot_bytes <= self.budget:
+            slot = self._device.new_slot(self._slot_bytes)
+            counters.resident_bytes += self._slot_bytes
+            counters.peak_resident_bytes = max(
+                counters.peak_resident_bytes, counters.resident_bytes
+            )
+            return slot
         key = self._policy.victim(lambda key: self._resident[key].pins == 0)
         assert key is not None, "the budget was checked to hold one step"
         slot = self._resident.pop(key)
         self._policy.removed(key)
-        self.counters.evictions += 1
-        kind = self._kinds[key[0]]
-        if kind is wanted:
-            self._free.setdefault(id(kind), []).append(slot)
-        else:
-            self.counters.resident_bytes -= kind.bytes
+        counters.evictions += 1
+        return slot
 
     def _read(self, key: ExpertKey, slot: Slot) -> None:
         shard = self._package.shard(*key)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, GraphStep, Kind, Manifest, Step
 
-from .devices import Slot
 from .pager import Pager
 from .resident import Resident
 from .sessions import Sessions
@@ -44,11 +44,10 @@ class Engine:
             self._weights[name] = self.resident.value(name)
         return self._weights[name]
 
-    def bind_slots(self, binding: ort.IOBinding, layer: int, slots: Sequence[Slot]) -> None:
-        """Bind the tensors of a fused step's experts to `expert{i}.{tensor}`."""
-        for i, slot in enumerate(slots):
-            for spec, value in zip(self.kinds[layer].tensors, slot.values, strict=True):
-                binding.bind_ortvalue_input(f"expert{i}.{spec.name}", value)
+    def expert_inputs(self, layer: int, top_k: int) -> list[tuple[str, ...]]:
+        """The graph inputs a fused step's experts are bound to, by position."""
+        tensors = self.kinds[layer].tensors
+        return [tuple(f"expert{i}.{spec.name}" for spec in tensors) for i in range(top_k)]
 
 
 def run_program(
@@ -64,13 +63,17 @@ def run_program(
     state is as before.
     """
     board: dict[str, Array] = {**inputs, **state.current}
+    # What replaces the state does so for the next call: later steps read the old value.
+    replaced: dict[str, Array] = {}
     for step in needed_steps(steps, wanted, state.current):
         if isinstance(step, GraphStep):
-            board.update(_run_graph(engine, step, board))
+            values = _run_graph(engine, step, board)
         else:
-            board[step.y] = _run_experts(engine, step, board)
-    result = {name: board[name] for name in wanted}
-    state.restore({name: board[name] for name in state.current})
+            values = {step.y: _run_experts(engine, step, board)}
+        for name, array in values.items():
+            (replaced if name in state.current else board)[name] = array
+    result = {name: replaced[name] if name in replaced else board[name] for name in wanted}
+    state.restore(replaced)
     return result
 
 
@@ -93,6 +96,14 @@ def needed_steps(
     return kept[::-1]
 
 
+def run_graph(path: str, session: Any, binding: ort.IOBinding) -> None:
+    """Run what is bound; `GraphError`, naming the graph, if ONNX Runtime cannot."""
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise GraphError(f"{path}: the graph failed: {error}") from error
+
+
 def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> dict[str, Array]:
     session = engine.sessions.get(step.graph)
     binding = session.io_binding()
@@ -103,15 +114,17 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
     for name in step.outputs:
         binding.bind_output(name, "cpu")
     if step.experts is None:
-        session.run_with_iobinding(binding)
+        run_graph(step.graph, session, binding)
     else:
         layer = step.experts.layer
         tokens = board[step.experts.ids].tolist()
         engine.pager.routed(layer, tokens)
         slots = engine.pager.acquire(layer, tokens[0])
         try:
-            engine.bind_slots(binding, layer, slots)
-            session.run_with_iobinding(binding)
+            names = engine.expert_inputs(layer, len(slots))
+            for slot, inputs in zip(slots, names, strict=True):
+                slot.bind(binding, inputs, engine.kinds[layer])
+            run_graph(step.graph, session, binding)
         finally:
             engine.pager.release(slots)
     return dict(zip(step.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
@@ -128,6 +141,9 @@ def _run_experts(engine: Engine, step: ExpertsStep, board: Mapping[str, Array]) 
     session = engine.sessions.get(kind.graph)
     engine.pager.routed(step.layer, ids.tolist())
     top_k = ids.shape[1]
+    ranked = np.sort(ids, axis=1)
+    if (ranked[:, 1:] == ranked[:, :-1]).any():
+        raise GraphError(f"{step.ids}: expected different experts for a token, found one twice")
     flat = ids.ravel()
     order = np.argsort(flat, kind="stable")
     experts, starts = np.unique(flat[order], return_index=True)
@@ -152,11 +168,11 @@ def _run_expert(engine: Engine, session: Any, layer: int, expert: int, x: Array)
     binding = session.io_binding()
     binding.bind_cpu_input("x", np.ascontiguousarray(x))
     binding.bind_output("y", "cpu")
+    kind = engine.kinds[layer]
     slots = engine.pager.acquire(layer, [expert])
     try:
-        for spec, value in zip(engine.kinds[layer].tensors, slots[0].values, strict=True):
-            binding.bind_ortvalue_input(spec.name, value)
-        session.run_with_iobinding(binding)
+        slots[0].bind(binding, (spec.name for spec in kind.tensors), kind)
+        run_graph(kind.graph, session, binding)
     finally:
         engine.pager.release(slots)
     output: Array = binding.copy_outputs_to_cpu()[0]

@@ -55,13 +55,18 @@ class State:
         for name, spec in self._specs.items():
             array = arrays[name]
             expected = np.dtype(numpy_dtype(spec.dtype))
-            if array.dtype != expected or array.shape != spec.shape:
+            fits = np.can_cast(array.dtype, expected, casting="same_kind")
+            if not fits or array.shape != spec.shape:
                 raise InputError(
                     f"state {name!r}: expected {expected} {spec.shape}, "
                     f"found {array.dtype} {array.shape}"
                 )
         for name, array in arrays.items():
             self.current[name][...] = array
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether this is a state of that plan: the same names, dtypes and shapes."""
+        return self._specs == plan.state
 
     def copy(self) -> State:
         """An independent state with the same content."""
