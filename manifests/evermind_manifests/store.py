@@ -17,14 +17,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from .errors import IntegrityError, ManifestError, MissingFileError, PathError, TruncatedError
+from .descriptor import Descriptor
+from .errors import (
+    ClosedError,
+    IntegrityError,
+    ManifestError,
+    MissingFileError,
+    PathError,
+    TruncatedError,
+)
 
 _MAX_OPEN_FILES = 64
 _MAX_DEPTH = 32
 
 
 class Store(Protocol):
-    """Named files of bytes, lying at `location`. Thread-safe; `with` closes it."""
+    """Named files of bytes, lying at `location`. Thread-safe; `with` closes it.
+
+    Once it is closed every method but `close` raises `ClosedError`; reads that run then end
+    as if it were open.
+    """
 
     location: str
 
@@ -52,7 +64,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what is open; a closed store reads nothing."""
+        """Release what is open, now or when the reads that run are done."""
         ...
 
     def __enter__(self) -> Self:
@@ -105,10 +117,11 @@ class DirectoryStore(Store):
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.location = os.fspath(root)
         try:
-            self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise MissingFileError(f"{self.location}: {error.strerror}") from error
-        self._files = _OpenFiles(self.open_file)
+        self._root = Descriptor(fd, self.location)
+        self._files = _OpenFiles(self.open_file, self.location)
 
     def size(self, path: str) -> int:
         """See `Store.size`."""
@@ -128,7 +141,8 @@ class DirectoryStore(Store):
     def paths(self) -> Iterable[str]:
         """See `Store.paths`."""
         try:
-            return sorted(_walk(self._root, self.location))
+            with self._root.use() as root:
+                return sorted(_walk(root, self.location))
         except OSError as error:
             raise IntegrityError(f"{self.location}: cannot be listed: {error.strerror}") from error
 
@@ -143,19 +157,9 @@ class DirectoryStore(Store):
 
     def open_file(self, path: str, flags: int = 0) -> int:
         """A contained, read-only descriptor of the regular file `path`; the caller closes it."""
-        *folders, name = _parts(path)
-        parent = self._root
-        try:
-            for folder in folders:
-                below = _open_at(parent, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, path)
-                if parent != self._root:
-                    os.close(parent)
-                parent = below
-            # O_NONBLOCK: opening a FIFO must not wait for a writer.
-            fd = _open_at(parent, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | flags, path)
-        finally:
-            if parent != self._root:
-                os.close(parent)
+        parts = _parts(path)
+        with self._root.use() as root:
+            fd = _open_below(root, parts, flags, path)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise MissingFileError(f"{path}: expected a regular file, found something else")
@@ -164,9 +168,7 @@ class DirectoryStore(Store):
     def close(self) -> None:
         """See `Store.close`."""
         self._files.close()
-        if self._root >= 0:
-            os.close(self._root)
-            self._root = -1
+        self._root.close()
 
 
 def read_exactly(fd: int, offset: int, buffer: memoryview, path: str) -> None:
@@ -198,55 +200,44 @@ def read_whole(fd: int, offset: int, size: int, path: str, limit: int) -> bytes:
 class _OpenFiles:
     """A bounded cache of open descriptors; one in use is never closed under its reader.
 
-    `_lock` guards all fields. An entry is [descriptor, users, evicted].
+    `_lock` guards all fields. A descriptor is taken into use under it, so that none can be
+    closed between being found and being used.
     """
 
-    def __init__(self, opener: Callable[[str], int]) -> None:
+    def __init__(self, opener: Callable[[str], int], location: str) -> None:
         self._opener = opener
+        self._location = location
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, list[int]] = OrderedDict()
+        self._files: OrderedDict[str, Descriptor] = OrderedDict()
         self._closed = False
 
     @contextmanager
     def use(self, path: str) -> Iterator[int]:
-        entry = self._acquire(path)
+        file, fd = self._acquire(path)
         try:
-            yield entry[0]
+            yield fd
         finally:
-            with self._lock:
-                entry[1] -= 1
-                self._close_if_done(entry)
+            file.release()
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for entry in self._entries.values():
-                self._evict(entry)
-            self._entries.clear()
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
-    def _acquire(self, path: str) -> list[int]:
+    def _acquire(self, path: str) -> tuple[Descriptor, int]:
         with self._lock:
-            entry = self._entries.get(path)
-            if entry is not None:
-                self._entries.move_to_end(path)
-                entry[1] += 1
-                return entry
             if self._closed:
-                raise ValueError(f"{path}: the store is closed")
-            entry = [self._opener(path), 1, 0]
-            self._entries[path] = entry
-            if len(self._entries) > _MAX_OPEN_FILES:
-                self._evict(self._entries.popitem(last=False)[1])
-            return entry
-
-    def _evict(self, entry: list[int]) -> None:
-        entry[2] = 1
-        self._close_if_done(entry)
-
-    @staticmethod
-    def _close_if_done(entry: list[int]) -> None:
-        if entry[2] and entry[1] == 0:
-            os.close(entry[0])
+                raise ClosedError(f"{self._location}: the package is closed")
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = Descriptor(self._opener(path), self._location)
+                if len(self._files) > _MAX_OPEN_FILES:
+                    self._files.popitem(last=False)[1].close()
+            else:
+                self._files.move_to_end(path)
+            return file, file.acquire()
 
 
 def _parts(path: str) -> list[str]:
@@ -254,6 +245,22 @@ def _parts(path: str) -> list[str]:
     if "\0" in path or any(part in ("", ".", "..") for part in parts) or len(parts) > _MAX_DEPTH:
         raise PathError(f"{path!r}: expected a relative path inside the package")
     return parts
+
+
+def _open_below(root: int, parts: list[str], flags: int, path: str) -> int:
+    *folders, name = parts
+    parent = root
+    try:
+        for folder in folders:
+            below = _open_at(parent, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, path)
+            if parent != root:
+                os.close(parent)
+            parent = below
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        return _open_at(parent, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | flags, path)
+    finally:
+        if parent != root:
+            os.close(parent)
 
 
 def _open_at(parent: int, name: str, flags: int, path: str) -> int:

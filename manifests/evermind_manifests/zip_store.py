@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from .descriptor import Descriptor
 from .errors import ManifestError, MissingFileError, PathError, TruncatedError
 from .paths import check_path
 from .store import Store, read_exactly, read_whole
@@ -58,74 +60,81 @@ class ZipStore(Store):
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.location = os.fspath(file)
         try:
-            self._fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise MissingFileError(f"{self.location}: {error.strerror}") from error
+        self._file = Descriptor(fd, self.location)
         try:
-            info = os.fstat(self._fd)
+            info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 raise MissingFileError(f"{self.location}: expected a regular file")
-            self._members = _read_directory(self._fd, info.st_size, self.location)
+            self._members = _read_directory(fd, info.st_size, self.location)
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def size(self, path: str) -> int:
         """See `Store.size`."""
-        return self._member(path).size
+        with self._member(path) as (_, member):
+            return member.size
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """See `Store.read_into`."""
-        member = self._member(path)
-        if offset < 0 or offset + buffer.nbytes > member.size:
-            raise TruncatedError(
-                f"{path}: expected {buffer.nbytes} bytes from {offset}, the file has {member.size}"
-            )
-        read_exactly(self._fd, member.data + offset, buffer, path)
+        with self._member(path) as (fd, member):
+            if offset < 0 or offset + buffer.nbytes > member.size:
+                raise TruncatedError(
+                    f"{path}: expected {buffer.nbytes} bytes from {offset}, the file has"
+                    f" {member.size}"
+                )
+            read_exactly(fd, member.data + offset, buffer, path)
 
     def read(self, path: str, *, limit: int) -> bytes:
         """See `Store.read`."""
-        member = self._member(path)
-        return read_whole(self._fd, member.data, member.size, path, limit)
+        with self._member(path) as (fd, member):
+            return read_whole(fd, member.data, member.size, path, limit)
 
     def paths(self) -> Iterable[str]:
         """See `Store.paths`."""
-        return sorted(
-            name for name in self._members if not any(p.startswith(".") for p in name.split("/"))
-        )
+        with self._file.use():
+            return sorted(
+                name
+                for name in self._members
+                if not any(part.startswith(".") for part in name.split("/"))
+            )
 
     def open_extent(self, path: str, flags: int = 0) -> tuple[int, int, int]:
         """(descriptor, offset, length) of a member, as `DirectoryStore.open_extent`."""
-        member = self._member(path)
-        # Through the open descriptor, so that it is the same file even if it was replaced.
-        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
-        return fd, member.data, member.size
+        with self._member(path) as (fd, member):
+            # Through the open descriptor, so that it is the same file even if it was replaced.
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
+            return own, member.data, member.size
 
     def close(self) -> None:
         """See `Store.close`."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
-    def _member(self, path: str) -> _Member:
-        member = self._members.get(path)
-        if member is None:
-            raise MissingFileError(f"{path}: not found in {self.location}")
-        if member.data < 0:
-            # Two threads may both do this; they find the same number.
-            member.data = self._find_data(member)
-        return member
+    @contextmanager
+    def _member(self, path: str) -> Iterator[tuple[int, _Member]]:
+        """The archive's descriptor, in use, and the member."""
+        with self._file.use() as fd:
+            member = self._members.get(path)
+            if member is None:
+                raise MissingFileError(f"{path}: not found in {self.location}")
+            if member.data < 0:
+                # Two threads may both do this; they find the same number.
+                member.data = self._find_data(fd, member)
+            yield fd, member
 
-    def _find_data(self, member: _Member) -> int:
+    def _find_data(self, fd: int, member: _Member) -> int:
         """Where the member's bytes begin, once its local header agrees with the central one."""
         where = f"{self.location}: {member.name}"
         head = bytearray(LOCAL.size)
-        read_exactly(self._fd, member.header, memoryview(head), where)
+        read_exactly(fd, member.header, memoryview(head), where)
         signature, _, flags, method, _, _, crc, stored, size, name_len, extra_len = LOCAL.unpack(
             head
         )
         rest = bytearray(name_len + extra_len)
-        read_exactly(self._fd, member.header + LOCAL.size, memoryview(rest), where)
+        read_exactly(fd, member.header + LOCAL.size, memoryview(rest), where)
         if FULL32 in (stored, size):
             sizes = _zip64_values(bytes(rest[name_len:]), where)
             if len(sizes) != 2:

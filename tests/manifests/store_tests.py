@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from evermind_manifests.errors import (
+    ClosedError,
     EvermindPackError,
     IntegrityError,
     MissingFileError,
@@ -21,6 +25,10 @@ FILES = {
     "graphs/empty.onnx": b"",
     "graphs/größe.onnx": b"unicode",
 } | {f"experts/l001/e{i:04d}.moe0": bytes([i]) * (i + 1) for i in range(100)}
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 class StoreTests:
@@ -86,9 +94,42 @@ class StoreTests:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(read, range(8)))
 
-    def test_closing_twice(self, store: Store) -> None:
+    def test_a_closed_store_says_so(self, store: Store) -> None:
         with store:
             store.size("manifest.json")
         store.close()
-        with pytest.raises((ValueError, EvermindPackError, OSError)):
-            store.read("manifest.json", limit=10)
+        for read in (
+            lambda: store.size("manifest.json"),
+            lambda: store.size("nothing.json"),
+            lambda: store.read("manifest.json", limit=10),
+            lambda: store.read_into("manifest.json", 0, memoryview(bytearray(2))),
+            lambda: list(store.paths()),
+        ):
+            with pytest.raises(ClosedError, match="the package is closed"):
+                read()
+
+    def test_closing_waits_for_the_reads_that_run(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A descriptor's number may be given to another file as soon as it is closed."""
+        path = "experts/l000/e0000.moe0"
+        store.size(path)
+        before = open_descriptors()
+        begun, closed = threading.Event(), threading.Event()
+        preadv = os.preadv
+
+        def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
+            begun.set()
+            assert closed.wait(60)
+            return preadv(fd, buffers, offset)
+
+        with monkeypatch.context() as patched, ThreadPoolExecutor(1) as pool:
+            patched.setattr(os, "preadv", slow)
+            reading = pool.submit(store.read, path, limit=100_000)
+            assert begun.wait(60)
+            store.close()
+            closed.set()
+            assert reading.result(60) == FILES[path]
+        with pytest.raises(ClosedError):
+            store.read(path, limit=100_000)
+        assert open_descriptors() < before
