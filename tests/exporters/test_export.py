@@ -287,3 +287,18 @@ def test_models_and_exporters_know_the_same_families() -> None:
 
     assert FAMILIES.keys() == MODELS.keys()
     assert ExportOptions().dtype == "f16"
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_large_half_precision_experts_are_cast_in_blocks(tmp_path: Path, dtype: str) -> None:
+    """9001 x 65 weights make three uneven blocks; both programs agree with torch."""
+    from evermind_runtime.parity import parity_failures
+
+    config = {"modelDim": 65, "hiddenDim": 9001, "numExperts": 3, "topK": 2}
+    source = random_source("shared-expert-moe", config)
+    package = export(source, tmp_path / "p", dtype=dtype, parity=True)
+    graph = onnx.load(package / "graphs" / "experts.onnx", load_external_data=False).graph
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert [len(node.output) for node in splits] == [3, 3, 3, 3]
+    with open_package(package) as opened:
+        assert parity_failures(opened) == []

@@ -15,6 +15,7 @@ from evermind_manifests.shard import plan_shard
 from ..blueprint import KindBlueprint
 from ..checkpoints.params import ffn_shapes
 from ..onnx_graph import ExternalTensor, GraphBuilder
+from .linear import as_float, linear
 
 KIND = "relu-ffn"
 TENSORS = tuple(ffn_shapes(0, 0))
@@ -41,24 +42,24 @@ def expert_kind(d_model: int, hidden: int, dtype: DType) -> KindBlueprint:
 
     as_inputs = GraphBuilder("expert")
     x = as_inputs.input("x", "f32", ["rows", d_model])
-    weights = expert_inputs(as_inputs, "", shapes, dtype)
-    as_inputs.output(ffn(as_inputs, x, weights), "y", "f32", ["rows", d_model])
+    y = expert(as_inputs, x, "", shapes, dtype)
+    as_inputs.output(y, "y", "f32", ["rows", d_model])
 
+    # A runtime that mounts a shard folds the casts once, when it creates the session.
     as_files = GraphBuilder("expert", external)
     x = as_files.input("x", "f32", ["rows", d_model])
-    weights = {name: _to_f32(as_files, as_files.weight(name), dtype) for name in shapes}
+    weights = {name: as_float(as_files, as_files.weight(name), dtype) for name in shapes}
     as_files.output(ffn(as_files, x, weights), "y", "f32", ["rows", d_model])
     return KindBlueprint(as_inputs.build(), as_files.build(), layout)
 
 
-def expert_inputs(
-    b: GraphBuilder, prefix: str, shapes: Mapping[str, tuple[int, ...]], dtype: DType
-) -> dict[str, str]:
-    """Declare one expert's tensors as graph inputs `{prefix}{tensor}`; returns float32 values."""
-    return {
-        name: _to_f32(b, b.input(prefix + name, dtype, shape), dtype)
-        for name, shape in shapes.items()
-    }
+def expert(
+    b: GraphBuilder, x: str, prefix: str, shapes: Mapping[str, tuple[int, ...]], dtype: DType
+) -> str:
+    """One expert on `x` `(rows, d)`, its tensors declared as graph inputs `{prefix}{tensor}`."""
+    weights = {name: b.input(prefix + name, dtype, shape) for name, shape in shapes.items()}
+    up = linear(b, x, weights["w1"], weights["b1"], shapes["w1"], dtype)
+    return linear(b, b.op("Relu", up), weights["w2"], weights["b2"], shapes["w2"], dtype)
 
 
 def ffn(b: GraphBuilder, x: str, weights: Mapping[str, str]) -> str:
@@ -88,11 +89,7 @@ def fused_experts(
     gates = b.input("gates", "f32", [1, top_k])
     shapes = ffn_shapes(d_model, hidden)
     for i in range(top_k):
-        y = ffn(b, n, expert_inputs(b, f"expert{i}.", shapes, dtype))
+        y = expert(b, n, f"expert{i}.", shapes, dtype)
         gate = b.op("Slice", gates, b.const([i]), b.const([i + 1]), b.const([1]))
         base = b.op("Add", base, b.op("Mul", y, gate))
     return base
-
-
-def _to_f32(b: GraphBuilder, value: str, dtype: DType) -> str:
-    return value if dtype == "f32" else b.cast(value, "f32")
