@@ -85,6 +85,7 @@ class PeerStore(Store):
 
     def size(self, path: str) -> int:
         """See `Store.size`."""
+        self._file.check_open()
         if path in self._virtual:
             return self._virtual[path].bytes
         if path in self._small:
@@ -117,6 +118,7 @@ class PeerStore(Store):
 
     def paths(self) -> Iterable[str]:
         """See `Store.paths`."""
+        self._file.check_open()
         return sorted([*self._small, *self._virtual])
 
     def close(self) -> None:

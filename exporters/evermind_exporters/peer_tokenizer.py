@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from evermind_manifests.errors import CheckpointError, MissingFileError
+from evermind_manifests.errors import CheckpointError, LocationError
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 VOCAB_NAME: Final = "vocab.json"
@@ -39,7 +39,7 @@ _PIECES: Final = "|".join(
 def read_peer_tokenizer(path: Path) -> bytes:
     """A tokenizer.json from `path`: that file, or a folder with it or vocab.json and merges.txt.
 
-    Raises `CheckpointError` for malformed files, `MissingFileError` where there are none. Ids
+    Raises `CheckpointError` for malformed files, `LocationError` where there are none. Ids
     beyond the model's vocabulary are allowed, as in the peer: running refuses them.
     """
     file = path / TOKENIZER_NAME if path.is_dir() else path
@@ -52,7 +52,7 @@ def read_peer_tokenizer(path: Path) -> bytes:
         file = path / VOCAB_NAME
         vocab, merges = _read_json(file), _merge_lines(path / MERGES_NAME)
     else:
-        raise MissingFileError(
+        raise LocationError(
             f"{path}: expected {TOKENIZER_NAME}, or {VOCAB_NAME} with {MERGES_NAME}"
         )
     return peer_tokenizer(_checked(vocab, str(file)), _pairs(merges, str(file)))
@@ -167,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise MissingFileError(f"{path}: there is no such file")
+        raise LocationError(f"{path}: there is no such file")
     if path.stat().st_size > _MAX_BYTES:
         raise CheckpointError(f"{path}: larger than the {_MAX_BYTES:,} bytes it may have")
     return path.read_bytes()

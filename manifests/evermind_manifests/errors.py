@@ -71,12 +71,21 @@ class MissingFileError(IntegrityError, FileNotFoundError):
     __str__ = EvermindPackError.__str__
 
 
+class LocationError(EvermindPackError, FileNotFoundError):
+    """A place the user named does not exist, may not be read, or is no file or folder."""
+
+    exit_code: ClassVar[int] = 2
+    __str__ = EvermindPackError.__str__
+
+
 class CheckpointError(EvermindPackError, ValueError):
     """A model file to read (checkpoint, safetensors, config.json) is malformed."""
 
 
 class ConfigError(EvermindPackError, ValueError):
     """A model's or trainer's configuration cannot be honoured."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ExportError(EvermindPackError, RuntimeError):

@@ -15,6 +15,7 @@ from .errors import (
     InputError,
     IntegrityError,
     ManifestError,
+    MissingFileError,
     ShardDigestError,
     TruncatedError,
 )
@@ -117,14 +118,14 @@ class Package:
 def open_package(location: str | os.PathLike[str] | Store) -> Package:
     """Open a folder, a single-file package or a store, and check the manifest's structure.
 
-    Raises `MissingFileError` when there is none, `UnsupportedError` for another schema,
-    `ManifestError` naming the first problems and their count. A store that was handed in
-    is closed with the package, but not when opening fails.
+    Raises `LocationError` when nothing is there, `UnsupportedError` for another schema,
+    `ManifestError` for what is no package, or naming the first problems and their count. A
+    store that was handed in is closed with the package, but not when opening fails.
     """
     own = isinstance(location, str | os.PathLike)
     store = open_store(location) if isinstance(location, str | os.PathLike) else location
     try:
-        data = store.read(MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+        data = read_manifest(store)
         manifest = parse_manifest(data, f"{store.location}: {MANIFEST_NAME}")
         raise_errors(check_structure(manifest), f"{store.location}: {MANIFEST_NAME}", ManifestError)
         return Package(store, manifest, package_digest(data))
@@ -132,6 +133,23 @@ def open_package(location: str | os.PathLike[str] | Store) -> Package:
         if own:
             store.close()
         raise
+
+
+def read_manifest(store: Store) -> bytes:
+    """The bytes of manifest.json. Raises `ManifestError` for none, or one over 64 MiB."""
+    try:
+        size = store.size(MANIFEST_NAME)
+    except MissingFileError as error:
+        raise ManifestError(
+            f"{store.location}: not a package: {error.message}",
+            hint=f"A package is a folder, or an uncompressed zip, with a {MANIFEST_NAME}.",
+        ) from error
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{store.location}: {MANIFEST_NAME}: expected at most {MAX_MANIFEST_BYTES:,} bytes,"
+            f" found {size:,}"
+        )
+    return store.read(MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
 
 
 def read_shard_bytes(store: Store, shard: Shard) -> bytearray:

@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -26,6 +25,7 @@ from .errors import (
     PathError,
     TruncatedError,
 )
+from .location import open_location, read_head
 
 _MAX_OPEN_FILES = 64
 _MAX_DEPTH = 32
@@ -82,27 +82,18 @@ class Store(Protocol):
 def open_store(location: str | os.PathLike[str]) -> Store:
     """A folder's or a zip file's store, told apart by what is there.
 
-    Raises `MissingFileError` when nothing is there, `ManifestError` when it is neither.
+    Raises `LocationError` when nothing is there, `ManifestError` when it is neither.
     """
     from .zip_store import ZipStore
 
-    path = Path(location)
-    if path.is_dir():
-        return DirectoryStore(path)
-    if not path.exists():
-        raise MissingFileError(f"{path}: there is no such folder or file")
-    if not path.is_file():
-        raise ManifestError(f"{path}: expected a package folder or zip, found neither")
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise MissingFileError(f"{path}: {error.strerror}") from error
+    head = read_head(location, 4)
+    if head is None:
+        return DirectoryStore(location)
     if head == b"PK\x03\x04":
-        return ZipStore(path)
+        return ZipStore(location)
     raise ManifestError(
-        f"{path}: expected a package folder or an uncompressed zip, found a file that begins with"
-        f" {head.hex(' ') or 'nothing'}"
+        f"{os.fspath(location)}: expected a package folder or an uncompressed zip, found a file"
+        f" that begins with {head.hex(' ') or 'nothing'}"
     )
 
 
@@ -112,15 +103,12 @@ class DirectoryStore(Store):
     Each part of a path is opened relative to the folder above it without following links,
     so neither a symlink nor one swapped in between check and open leads out. Only regular
     files are read. The folder itself may be reached through links: the caller named it.
+    Raises `LocationError` if it cannot be opened.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.location = os.fspath(root)
-        try:
-            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise MissingFileError(f"{self.location}: {error.strerror}") from error
-        self._root = Descriptor(fd, self.location)
+        self._root = Descriptor(open_location(root, os.O_DIRECTORY), self.location)
         self._files = _OpenFiles(self.open_file, self.location)
 
     def size(self, path: str) -> int:

@@ -14,16 +14,15 @@ from typing import Any, TypeAlias
 
 from .deep import deep_problems
 from .diagnose import diagnose_manifest
-from .errors import EvermindPackError, MissingFileError, PathError, ShardError, TruncatedError
+from .errors import EvermindPackError, PathError, ShardError, TruncatedError
 from .manifest import (
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     SIGNATURE_NAME,
     FileEntry,
     Manifest,
     package_digest,
 )
-from .package import Package, shard_place
+from .package import Package, read_manifest, shard_place
 from .problems import Problem, problem, problem_of
 from .shard import PREFIX_BYTES, read_prefix
 from .store import Store, open_store
@@ -107,10 +106,9 @@ def validate(
 def _validate(store: Store, deep: bool, run: Run | None, progress: Progress | None) -> Report:
     levels = ["structure", "files"]
     try:
-        data = store.read(MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+        data = read_manifest(store)
     except EvermindPackError as error:
-        code = "missing-file" if isinstance(error, MissingFileError) else "manifest-invalid"
-        found = problem_of(code, MANIFEST_NAME, error)
+        found = problem_of("not-a-package", store.location, error)
         return Report(store.location, None, ("structure",), (found,))
     digest = package_digest(data)
     diagnosis = diagnose_manifest(data)

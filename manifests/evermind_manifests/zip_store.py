@@ -19,6 +19,7 @@ from typing import Final
 
 from .descriptor import Descriptor
 from .errors import ManifestError, MissingFileError, PathError, TruncatedError
+from .location import open_regular
 from .paths import check_path
 from .store import Store, read_exactly, read_whole
 
@@ -55,20 +56,18 @@ class _Member:
 
 
 class ZipStore(Store):
-    """A package in one uncompressed zip file. Raises `ManifestError` if it is not one."""
+    """A package in one uncompressed zip file.
+
+    Raises `LocationError` if there is no such file, `ManifestError` or `TruncatedError` if it
+    is no such zip.
+    """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.location = os.fspath(file)
-        try:
-            fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise MissingFileError(f"{self.location}: {error.strerror}") from error
+        fd, size = open_regular(file)
         self._file = Descriptor(fd, self.location)
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise MissingFileError(f"{self.location}: expected a regular file")
-            self._members = _read_directory(fd, info.st_size, self.location)
+            self._members = _read_directory(fd, size, self.location)
         except BaseException:
             self._file.close()
             raise

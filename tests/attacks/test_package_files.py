@@ -133,15 +133,19 @@ def test_the_whole_package_swapped_after_opening(package: Path, tmp_path: Path) 
 
 
 def test_a_manifest_that_is_a_link(package: Path) -> None:
-    (package / "manifest.json").rename(package.parent / "manifest.json")
-    (package / "manifest.json").symlink_to(package.parent / "manifest.json")
-    with pytest.raises(MissingFileError, match="symlink"):
-        open_package(package)
-    (package / "manifest.json").unlink()
-    os.mkfifo(package / "manifest.json")
-    with pytest.raises(MissingFileError, match="regular file"):
-        open_package(package)
-    assert validate(package).exit_code == 3
+    manifest = package / "manifest.json"
+    manifest.rename(package.parent / "manifest.json")
+    manifest.symlink_to(package.parent / "manifest.json")
+    for message in ("symlink", "regular file", "No such file"):
+        with pytest.raises(ManifestError, match=rf"p: not a package: manifest\.json: .*{message}"):
+            open_package(package)
+        report = validate(package)
+        assert [item.code for item in report.errors] == ["not-a-package"]
+        assert message in report.errors[0].message
+        assert report.exit_code == 1
+        manifest.unlink(missing_ok=True)
+        if message == "symlink":
+            os.mkfifo(manifest)
 
 
 def test_stores_take_no_path_that_leads_out(package: Path) -> None:

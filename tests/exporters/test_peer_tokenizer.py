@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tokenizers
 from evermind_exporters.peer_tokenizer import peer_tokenizer, read_peer_tokenizer
-from evermind_manifests.errors import CheckpointError, MissingFileError
+from evermind_manifests.errors import CheckpointError, LocationError
 
 
 def opened(data: bytes) -> tokenizers.Tokenizer:
@@ -137,8 +137,8 @@ def test_malformed_tokenizer_json_is_refused(tmp_path, text):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(MissingFileError, match=r"vocab\.json with merges\.txt"):
+    with pytest.raises(LocationError, match=r"vocab\.json with merges\.txt"):
         read_peer_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(MissingFileError, match=r"merges\.txt"):
+    with pytest.raises(LocationError, match=r"merges\.txt"):
         read_peer_tokenizer(tmp_path)

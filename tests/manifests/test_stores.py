@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from evermind_manifests.errors import ManifestError, MissingFileError
+from evermind_exporters import read_source
+from evermind_manifests.errors import LocationError, ManifestError, MissingFileError
+from evermind_manifests.package import open_package
 from evermind_manifests.store import DirectoryStore, Store, open_store
 from evermind_manifests.zip_store import ZipStore
 
@@ -92,11 +95,56 @@ def test_a_location_is_told_by_its_content(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "no-suffix")
     assert isinstance(open_store(folder), DirectoryStore)
     assert isinstance(open_store(archive), ZipStore)
-    with pytest.raises(MissingFileError, match="there is no such folder or file"):
-        open_store(tmp_path / "nothing")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ManifestError, match="found a file that begins with 68 65 6c 6c"):
         open_store(tmp_path / "text")
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ManifestError, match="expected a package folder or zip"):
-        open_store(tmp_path / "fifo")
+
+
+def fifo(folder: Path) -> Path:
+    os.mkfifo(folder / "fifo")
+    return folder / "fifo"
+
+
+def loop(folder: Path) -> Path:
+    (folder / "loop").symlink_to("loop")
+    return folder / "loop"
+
+
+def below_a_file(folder: Path) -> Path:
+    (folder / "file").write_bytes(b"")
+    return folder / "file" / "package"
+
+
+def locked(folder: Path) -> Path:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (folder / "locked").mkdir(mode=0)
+    return folder / "locked"
+
+
+NOWHERE: list[tuple[Callable[[Path], Path], str]] = [
+    (lambda folder: folder / "nothing", "nothing: there is no such folder or file"),
+    (lambda folder: folder / ("long" * 100), "long: File name too long"),
+    (lambda folder: folder.joinpath(*["long"] * 2000), "…"),
+    (lambda folder: folder / "a\0b", "null"),
+    (fifo, "fifo: expected a"),
+    (loop, "loop: Too many levels"),
+    (below_a_file, "Not a directory"),
+    (locked, "locked: Permission denied"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), NOWHERE, ids=[text for _, text in NOWHERE])
+@pytest.mark.parametrize("opener", [open_store, open_package, ZipStore, read_source])
+def test_a_location_that_cannot_be_read(
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    message: str,
+    opener: Callable[[Path], object],
+) -> None:
+    with pytest.raises(LocationError) as caught:
+        opener(make(tmp_path))
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert caught.value.exit_code == 2
+    assert isinstance(caught.value, FileNotFoundError)

@@ -8,7 +8,6 @@ four tensors lie next to each other in all formats.
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import weakref
 import zlib
@@ -19,7 +18,9 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
-from evermind_manifests.errors import CheckpointError, MissingFileError
+from evermind_manifests.descriptor import Descriptor
+from evermind_manifests.errors import CheckpointError
+from evermind_manifests.location import open_regular
 from evermind_manifests.manifest import DType
 from evermind_manifests.store import read_exactly
 
@@ -52,7 +53,7 @@ class PeerFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises `CheckpointError` for a file that cannot be right, `MissingFileError` for none."""
+        """Raises `CheckpointError` for a file that cannot be right, `LocationError` for none."""
         disk = self._disk = _Disk(path)
         self.location = disk.location
         self._container = self._open_container()
@@ -112,8 +113,12 @@ class PeerFile:
         if with_trailer:
             check_crc(self._disk.read(parameters, TRAILER_BYTES), crc, self.location)
 
+    def check_open(self) -> None:
+        """Raise `ClosedError` once the file is closed."""
+        self._disk.check_open()
+
     def close(self) -> None:
-        """Close the file now; its tensors cannot be read afterwards."""
+        """Close the file; its tensors cannot be read afterwards."""
         self._disk.close()
 
     def _open_container(self) -> Container | None:
@@ -147,35 +152,32 @@ class _Disk:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.location = os.fspath(path)
-        try:
-            # O_NONBLOCK: opening a FIFO must not wait for a writer.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise MissingFileError(f"{self.location}: {error.strerror}") from error
-        self._finalizer = weakref.finalize(self, os.close, self._fd)
-        info = os.fstat(self._fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise MissingFileError(f"{self.location}: expected a regular file")
-        self.size = info.st_size
+        fd, self.size = open_regular(path)
+        self._file = Descriptor(fd, self.location)
+        self._finalizer = weakref.finalize(self, self._file.close)
 
     def read(self, offset: int, length: int) -> memoryview:
         buffer = memoryview(bytearray(length))
-        read_exactly(self._fd, offset, buffer, self.location)
+        with self._file.use() as fd:
+            read_exactly(fd, offset, buffer, self.location)
         return buffer
+
+    def check_open(self) -> None:
+        with self._file.use():
+            return
 
     def close(self) -> None:
         self._finalizer()
-        # The number may soon belong to another file.
-        self._fd = -1
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        with suppress(OSError):
-            if os.preadv(self._fd, buffers, offset) == sum(buffer.nbytes for buffer in buffers):
-                return
-        # Short or failed: one by one, with an error that says where.
-        for buffer in buffers:
-            read_exactly(self._fd, offset, buffer, self.location)
-            offset += buffer.nbytes
+        with self._file.use() as fd:
+            with suppress(OSError):
+                if os.preadv(fd, buffers, offset) == sum(buffer.nbytes for buffer in buffers):
+                    return
+            # Short or failed: one by one, with an error that says where.
+            for buffer in buffers:
+                read_exactly(fd, offset, buffer, self.location)
+                offset += buffer.nbytes
 
 
 class _Tensors(Mapping[str, npt.NDArray[np.float32]]):
