@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
 
-from .errors import ManifestError, UnsupportedError
+from .errors import ConfigError, ManifestError, UnsupportedError
 from .unique_keys import unique_keys
 
 SCHEMA: Final = "evermind.package/1"
@@ -270,13 +271,34 @@ def parse_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The one canonical encoding: keys sorted, no spaces, one newline at the end."""
+    """The one canonical encoding: keys sorted, no spaces, one newline at the end.
+
+    Raises `ConfigError` for a number in `config` that JSON cannot hold.
+    """
+    _check_config(manifest.config)
     return _ENCODER.encode(manifest) + b"\n"
 
 
 def package_digest(manifest_bytes: bytes) -> str:
     """A package's identity: the sha256 (hex) of its manifest.json."""
     return hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    pending: list[tuple[str, Any]] = [("config", config)]
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, dict):
+            pending += ((f"{place}.{key}", item) for key, item in value.items())
+        elif isinstance(value, list | tuple):
+            pending += ((f"{place}[{number}]", item) for number, item in enumerate(value))
+        elif isinstance(value, float) and not math.isfinite(value):
+            # The encoder would write null.
+            raise ConfigError(f"{place}: expected a finite number, found {value}")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise ConfigError(
+                f"{place}: expected a number of 64 bits, found one of {value.bit_length()}"
+            )
 
 
 def _check_envelope(envelope: _Envelope, where: str) -> None:
