@@ -14,12 +14,13 @@ from typing import Any, Literal, cast
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
 import numpy as np
 import numpy.typing as npt
-from evermind_manifests.errors import CheckpointError, MissingFileError
+from evermind_manifests.errors import CheckpointError
+from evermind_manifests.location import read_head
 from evermind_manifests.manifest import Card
 from safetensors import SafetensorError, safe_open
 
 from .blueprint import FloatArray, Tensors
-from .checkpoints import Family, canonical_shapes, validate_config
+from .checkpoints import Family, canonical_shapes, family_of, validate_config
 from .checkpoints.peer_file import PeerFile, is_peer_file
 from .families import FAMILIES
 from .peer_attachments import attachments
@@ -56,17 +57,16 @@ class ModelSource:
 def read_source(path: Path) -> ModelSource:
     """Open a model for export.
 
-    `path` is a folder with `config.json` and `model.safetensors` (a training run, or the
-    peer's Hugging Face bundle), a `.safetensors` file beside its `config.json`, or a peer's
-    `MoE0`, `EVL0`, `LMBC` or `.evermind` file. Raises `CheckpointError` for anything that is
-    not one of these, or is damaged.
+    `path` is a folder with `config.json` and `model.safetensors` or one other `.safetensors`
+    file (a training run, or the peer's Hugging Face bundle), a `.safetensors` file beside its
+    `config.json`, or a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file. A `config.json`
+    without `family` is taken for the family that the tensors' names tell. Raises
+    `LocationError` where nothing is, `CheckpointError` for anything that is not one of these,
+    or is damaged.
     """
-    if path.is_dir():
+    head = read_head(path, 16)
+    if head is None:
         return _read_folder(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file or folder")
-    with path.open("rb") as opened:
-        head = opened.read(16)
     # Magic words first: a checkpoint's ninth byte may look like the brace of a JSON header.
     if not is_peer_file(head) and head[8:9] == b"{":
         return _read_state_dict(path, path.parent)
@@ -107,11 +107,15 @@ def with_peer_tokenizer(source: ModelSource, path: Path) -> ModelSource:
 def _read_folder(folder: Path) -> ModelSource:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
-        raise MissingFileError(
-            f"{folder}: no {WEIGHTS_NAME} in this folder",
-            hint="Export takes a finished training run, a peer's checkpoint file, or a "
-            f"{WEIGHTS_NAME} with its {CONFIG_NAME}.",
-        )
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files[:5]) or "none"
+            raise CheckpointError(
+                f"{folder}: expected {WEIGHTS_NAME} or one other .safetensors file, found {names}",
+                hint="Export takes a finished training run, a peer's checkpoint file, or a "
+                f"{WEIGHTS_NAME} with its {CONFIG_NAME}.",
+            )
+        weights = files[0]
     return _read_state_dict(weights, folder)
 
 
@@ -120,14 +124,14 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     raw = _read_json(where)
     if raw.get("model_type") == MODEL_TYPE and "family" not in raw:
         return _read_bundle(weights, folder, raw)
-    family = raw.pop("family", None)
+    tensors = SafetensorsFile(weights)
+    family = raw.pop("family") if "family" in raw else _tell_family(tensors, weights, where)
     if family not in FAMILIES:
         raise CheckpointError(
             f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found {family!r}"
         )
     vocabulary = raw.pop("vocabulary", None)
     config = validate_config(family, raw)
-    tensors = SafetensorsFile(weights)
     tensors.check(canonical_shapes(family, config))
     tokenizer: bytes | Literal["bytes"] | None = None
     if (folder / TOKENIZER_NAME).is_file():
@@ -142,6 +146,19 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
         tokenizer,
         card=Card(training_summary=_training_summary(folder)),
     )
+
+
+def _tell_family(tensors: SafetensorsFile, weights: Path, where: Path) -> Family:
+    family = family_of(tensors)
+    if family is None:
+        names = sorted(tensors)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(
+            f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found none, and"
+            f" {weights.name} has the tensors of none or several: {', '.join(names[:5])}{more}",
+            hint=f'Add "family" to {CONFIG_NAME}.',
+        )
+    return family
 
 
 def _training_summary(folder: Path) -> str | None:
@@ -172,7 +189,10 @@ def _read_bundle(weights: Path, folder: Path, raw: dict[str, Any]) -> ModelSourc
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise MissingFileError(f"{path}: the model's configuration is not there")
+        raise CheckpointError(
+            f"{path}: the model's configuration is not there",
+            hint=f"A .safetensors file needs its {CONFIG_NAME} beside it.",
+        )
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: larger than the {_MAX_JSON_BYTES:,} bytes it may have")
     try:

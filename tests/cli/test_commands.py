@@ -231,7 +231,7 @@ def test_export_refuses_what_is_no_model(
     assert code == 1
     assert "junk" in err
     code, _, err = call(capsys, "export", tmp_path / "none", "-o", tmp_path / "p")
-    assert code == 3
+    assert code == 2
     assert not (tmp_path / "p").exists()
 
 

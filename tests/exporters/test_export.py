@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from evermind_manifests.errors import (
     CheckpointError,
     ConfigError,
     ExportError,
-    MissingFileError,
+    LocationError,
 )
 from evermind_manifests.package import open_package
 from evermind_manifests.validate import validate
@@ -205,10 +206,59 @@ def test_a_damaged_state_dict_is_refused(tmp_path: Path, damage: str, message: s
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="nothing-here"):
+    with pytest.raises(LocationError, match="nothing-here: there is no such folder or file"):
         read_source(tmp_path / "nothing-here")
-    with pytest.raises(MissingFileError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*found none") as caught:
         read_source(tmp_path)
+    assert caught.value.hint
+    assert caught.value.exit_code == 1
+    save_file({"w": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json: the model's configuration"):
+        read_source(tmp_path)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_the_family_is_told_by_the_tensors(tmp_path: Path, case: str) -> None:
+    """config.json without `family`, and the one .safetensors file has a name of its own."""
+    source = golden_source(case)
+    folder = _write_run(tmp_path / "run", source)
+    (folder / "config.json").write_text(json.dumps(source.config))
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    for path in (folder, folder / "weights.safetensors"):
+        found = read_source(path)
+        assert found.family == source.family
+        assert found.config == source.config
+        assert found.tensors.keys() == source.tensors.keys()
+    save_file({"x": np.zeros(1, np.float32)}, folder / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"found other\.safetensors, weights\.safetensors"):
+        read_source(folder)
+
+
+@pytest.mark.parametrize("names", [["x"], ["router.weight", "token_embedding.weight"], []])
+def test_a_family_that_the_tensors_do_not_tell(tmp_path: Path, names: list[str]) -> None:
+    tensors = {name: np.zeros(1, np.float32) for name in names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="family: expected one of") as caught:
+        read_source(tmp_path)
+    assert all(name in str(caught.value) for name in names)
+    assert 'Add "family"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"config\.note: expected a finite number, found nan"),
+        ([1, {"deep": float("-inf")}], r"config\.note\[1\]\.deep: expected a finite number"),
+        (10**400, r"config\.note: expected a number of 64 bits, found one of 1329"),
+    ],
+)
+def test_a_number_json_cannot_hold_is_refused(tmp_path: Path, value: Any, message: str) -> None:
+    source = golden_source("moe_six")
+    source = replace(source, config=source.config | {"note": value})
+    with pytest.raises(ConfigError, match=message):
+        export_package(source, tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
