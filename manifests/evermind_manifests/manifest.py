@@ -138,7 +138,8 @@ class GraphStep(
     """Run one graph. `inputs` and `outputs` map graph names to blackboard values.
 
     `weights` binds resident tensors as graph inputs, so that one graph can serve several
-    layers. An output named like a state replaces that state for the next call.
+    layers. An output named like a state replaces that state for the next call: later steps
+    of this one still read the old value, and only the plan's outputs see the new one.
     """
 
     graph: PackagePath

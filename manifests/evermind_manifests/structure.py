@@ -244,7 +244,10 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> Iterator[Problem]:
-    """Walk the blackboard: who produces which value, and is it there when it is read?"""
+    """Walk the blackboard: who produces which value, and is it there when it is read?
+
+    A state can be read before and after the step that writes it, and means the old value.
+    """
     plan = manifest.plan
     produced: set[str] = set()
     available = set(plan.inputs) | set(plan.state)

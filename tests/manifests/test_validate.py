@@ -428,3 +428,28 @@ def test_an_output_may_be_called_like_an_input(tmp_path: Path) -> None:
     raw = tiny(tmp_path)
     raw["plan"]["outputs"] = {"x": raw["plan"]["outputs"]["y"] | {"value": "y"}}
     assert structure_of(raw) == []
+
+
+def test_a_state_may_be_read_after_it_is_written(tmp_path: Path) -> None:
+    """It means the old value, so the order of the two steps makes no difference."""
+    raw = tiny(tmp_path)
+    for program in ("prefill", "decode"):
+        head = raw["plan"][program][4]
+        again = json.loads(json.dumps(head)) | {"outputs": {"y": f"again.{program}"}}
+        raw["plan"][program].append(again)
+    assert structure_of(raw) == []
+    raw["plan"]["decode"].append(raw["plan"]["decode"][4])
+    assert any("'state' is produced twice" in text for text in structure_of(raw))
+
+
+def test_an_output_may_be_taken_from_a_state(tmp_path: Path) -> None:
+    raw = tiny(tmp_path)
+    new = {"dtype": "f32", "shape": [4]}
+    raw["plan"]["outputs"] |= {"state": new, "memory": new | {"value": "state"}}
+    assert structure_of(raw) == []
+    edit_manifest(tmp_path / "p", lambda old: old.update(plan=raw["plan"]))
+    assert validate(tmp_path / "p", deep=True).problems == ()
+    edit_manifest(tmp_path / "p", lambda old: old["plan"]["outputs"]["memory"].update(shape=[5]))
+    found = find(validate(tmp_path / "p", deep=True), "graph-interface")
+    assert {item.place for item in found} == {"plan.prefill: output", "plan.decode: output"}
+    assert "'memory': expected f32 [5], found f32 [4]" in found[0].message
