@@ -103,7 +103,7 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     out = tmp_path / "out"
     code, _, err = call(capsys, "convert", package, "-o", out, "--to", "moe0")
-    assert code == 1
+    assert code == 2
     assert "It fits: evl0, evermind, safetensors, gguf." in err
     code, text, _ = call(
         capsys, "convert", package, "-o", out, "--to", "safetensors", "--no-trailer", "--json"
