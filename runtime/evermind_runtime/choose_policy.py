@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias, get_args
 
 from evermind_manifests.errors import InputError
 
-from .layers import ExpertLayer, step_bytes
-from .policies import DecayedPolicy, ExpertKey, LruPolicy, PinnedPolicy, Policy
+from .layers import ExpertLayer, all_bytes, step_bytes
+from .policies import DecayedPolicy, ExpertKey, LruPolicy, NoPolicy, PinnedPolicy, Policy
 from .profile import Profile
 
 PolicyName: TypeAlias = Literal["decayed", "lru", "pinned"]
@@ -22,23 +22,27 @@ def make_policy(
 ) -> Policy:
     """The policy called `name`; `pinned` needs a profile of these layers, the others take none.
 
+    A budget that holds every expert needs no policy and gets one that costs nothing.
+
     Raises `InputError` for another name, or a profile that is missing or has no use.
     """
     if name not in POLICY_NAMES:
         raise InputError(f"policy: expected one of {', '.join(POLICY_NAMES)}, found {name!r}")
     if profile and name != "pinned":
         raise InputError(f"profile: only the policy 'pinned' takes one, not {name!r}")
-    if name == "lru":
-        return LruPolicy()
-    decayed = DecayedPolicy([layer.layer for layer in layers])
-    if name == "decayed":
-        return decayed
-    if profile is None:
+    if name == "pinned" and profile is None:
         raise InputError(
             "policy: 'pinned' needs a routing profile, and the package has none",
             hint="Record one with `evermind-pack trace PKG … -o t.jsonl` and "
             "`evermind-pack trace --replay t.jsonl --profile profile.json`.",
         )
+    if budget >= all_bytes(layers):
+        return NoPolicy()
+    if name == "lru":
+        return LruPolicy()
+    decayed = DecayedPolicy([layer.layer for layer in layers])
+    if profile is None:
+        return decayed
     return PinnedPolicy(pinned_keys(layers, budget, profile), decayed)
 
 

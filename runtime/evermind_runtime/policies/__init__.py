@@ -6,6 +6,7 @@ from .base import Evictable, ExpertKey, Policy
 from .decayed import DecayedPolicy
 from .lfu import LfuPolicy
 from .lru import LruPolicy
+from .none import NoPolicy
 from .pinned import PinnedPolicy
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ExpertKey",
     "LfuPolicy",
     "LruPolicy",
+    "NoPolicy",
     "PinnedPolicy",
     "Policy",
 ]
