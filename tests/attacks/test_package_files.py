@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evermind_runtime as em
+import numpy as np
 import onnx
 import pytest
 from evermind_manifests import open_package
@@ -29,6 +31,7 @@ from tests.manifests.builders import (
     edit_manifest,
     external_tensor,
     replace_file,
+    tiny_graphs,
     tiny_shard,
     write_tiny,
 )
@@ -253,3 +256,18 @@ def test_a_graph_that_reads_the_resident_header(package: Path) -> None:
     report = validate(package, deep=True)
     assert [item.code for item in report.errors] == ["graph-external"]
     assert "not inside one f32 tensor" in report.errors[0].message
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        ("graphs/router.onnx", "graphs/head.onnx"),
+        ("graphs/expert.onnx", "graphs/router.onnx"),
+        ("graphs/head.onnx", "graphs/expert.onnx"),
+    ],
+)
+def test_a_graph_that_is_not_the_plans(package: Path, path: str, other: str) -> None:
+    """Digests fit, names do not: said so before ONNX Runtime sees the graph."""
+    replace_file(package, path, tiny_graphs()[other])
+    with pytest.raises(GraphError, match=r"\[graph-interface\]"), em.load(package) as model:
+        model.forward({"x": np.ones((3, 4), np.float32)})
