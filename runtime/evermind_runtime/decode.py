@@ -138,7 +138,7 @@ class BoundDecode:
             binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
             return _BoundStep(step.graph, session, binding, -1, None, [], [])
-        layer, ids = step.experts.layer, self._values[step.experts.ids]
+        layer, ids = step.experts.layer, read[step.experts.ids]
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
         return _BoundStep(step.graph, session, binding, layer, ids, names, bound)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from evermind_manifests.errors import MissingExtraError
+from evermind_manifests.location import read_head
 from evermind_manifests.package import Package, open_package
 
 GROUP = "evermind_runtime.openers"
@@ -25,17 +26,15 @@ def open_location(location: str | os.PathLike[str]) -> Package:
     Raises what `open_package` or the opener raises, and `MissingExtraError` if the opener's
     own dependencies are not installed.
     """
-    path = Path(location)
-    if not path.is_file():
+    head = read_head(location, 4)
+    if head is None:
         return open_package(location)
-    with path.open("rb") as file:
-        magic = file.read(4).hex()
-    for entry in entry_points(group=GROUP, name=magic):
+    for entry in entry_points(group=GROUP, name=head.hex()):
         try:
             opener = cast(Callable[[Path], Package], entry.load())
         except ImportError as error:
             raise MissingExtraError(
                 error.name or "onnx", "export", f"Reading {location} without converting it"
             ) from error
-        return opener(path)
+        return opener(Path(location))
     return open_package(location)
