@@ -1,6 +1,6 @@
 """What the spine costs: imports, opening, decoding under budgets, prefill, memory.
 
-    python benchmarks/spine.py [--json]
+    python benchmarks/spine.py [--threads N] [--json]
 
 Every figure is a median, every ratio is taken within this one run. Nothing here decides a test.
 """
@@ -26,6 +26,7 @@ from evermind_exporters import ExportOptions, ModelSource, export_package
 from evermind_exporters.checkpoints import canonical_shapes, validate_config
 from evermind_manifests.manifest import Shard, encode_manifest, parse_manifest
 from evermind_manifests.structure import check_structure
+from evermind_runtime import onnx_runtime
 
 CONFIG = {
     "vocabSize": 1024,
@@ -153,9 +154,11 @@ def prefill(packages: dict[str, Path]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore", em.PagingWarning)
+    onnx_runtime.start(args.threads)
     config = validate_config("evermind-lm", CONFIG)
     rng = np.random.default_rng(0)
     tensors = {
