@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import sys
@@ -46,6 +47,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         return _top_level(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows its number, rather than an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    as_json = "--json" in arguments
+    try:
+        return _run(name, arguments[1:])
+    except EvermindPackError as error:
+        _report(error, as_json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): nothing more to say, and not an error.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        _report(EvermindPackError(f"the system refused: {error}"), as_json)
+        return 1
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     command = cast(Command, importlib.import_module(f"{__name__}.{name}"))
     parser = argparse.ArgumentParser(
         prog=f"evermind-pack {name}",
@@ -56,20 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no remarks")
-    args = parser.parse_args(arguments[1:])
-    try:
-        return command.run(args)
-    except EvermindPackError as error:
-        _report(error, args.json)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`): nothing more to say, and not an error.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return command.run(parser.parse_args(arguments))
 
 
 def _top_level(arguments: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,26 +19,43 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 def read_arrays(path: Path) -> Arrays:
     """Every array of an `.npz` file; pickled objects are refused."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: expected an .npz archive, found a single array")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: expected an .npz archive, found a single array")
+        with archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, MemoryError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read as .npz: {error}") from error
 
 
+def check_targets(*paths: Path | None) -> None:
+    """Raise `InputError` before anything is computed if a result could not be written."""
+    targets = [path.resolve() for path in paths if path is not None]
+    if len(set(targets)) < len(targets):
+        raise InputError(f"{targets[0]}: expected a file of its own for each result")
+    for target in targets:
+        if target.exists() and not target.is_file():
+            raise InputError(f"{target}: exists and is not a regular file")
+        if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+            raise InputError(f"{target}: its folder is not there, or cannot be written to")
+
+
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write an `.npz` file, whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    """Write an `.npz` file, whole or not at all; a link is written through."""
+    check_targets(path)
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             np.savez(file, allow_pickle=False, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

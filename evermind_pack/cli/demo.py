@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evermind_manifests.errors import EvermindPackError, MissingExtraError
+from evermind_manifests.errors import EvermindPackError, InputError, MissingExtraError
 
-from .terminal import human_bytes, let_threads_sleep, print_json, print_table, progress, remark
+from .terminal import (
+    human_bytes,
+    let_threads_sleep,
+    positive_int,
+    print_json,
+    print_table,
+    progress,
+    remark,
+)
 
 if TYPE_CHECKING:
     from evermind_manifests.validate import Report
@@ -43,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "there is used, or resumed",
     )
     parser.add_argument(
-        "--steps", type=int, default=_STEPS, help=f"training steps (default: {_STEPS})"
+        "--steps", type=positive_int, default=_STEPS, help=f"training steps (default: {_STEPS})"
     )
     parser.add_argument(
         "--budget",
@@ -128,15 +135,16 @@ def _train(folder: Path, args: argparse.Namespace, quiet: bool) -> bool:
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train", "Training") from error
     started = any(folder.glob("checkpoint-*"))
-    if started and RunFolder.open(folder).plan()["steps"] != args.steps:
-        shutil.rmtree(folder)
-        started = False
+    steps = RunFolder.open(folder).plan().get("steps") if started else args.steps
+    if steps != args.steps:
+        raise InputError(
+            f"{folder}: holds a run of {steps} steps, not of {args.steps}",
+            hint=f"Give another folder with -o, or --steps {steps} to use this one.",
+        )
     with stop_on_interrupt() as stop:
         if started:
             result = resume_job(folder, stop=stop, quiet=quiet)
         else:
-            # What a killed run left before its first checkpoint.
-            shutil.rmtree(folder, ignore_errors=True)
             result = train_lm(folder, python_demo(args.steps), stop=stop, quiet=quiet)
     if not result.finished:
         remark("stopped; the same command goes on from here")

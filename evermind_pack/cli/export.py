@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evermind_manifests.errors import MissingExtraError
+from evermind_manifests.errors import InputError, MissingExtraError
 from evermind_manifests.manifest import Card
 
 from .terminal import human_bytes, print_json, print_table, progress, remark
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export", "Exporting") from error
 
+    _check_text(args)
     source = read_source(args.source)
     if args.tokenizer:
         source = with_peer_tokenizer(source, args.tokenizer)
@@ -145,3 +146,13 @@ def _print_result(args: argparse.Namespace, digest: str) -> None:
             "digest": digest,
         }
     )
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """Refuse bytes that are no UTF-8: they cannot be written to a manifest."""
+    for option in ("name", "package_version", "license", "author", "description"):
+        try:
+            (getattr(args, option) or "").encode()
+        except UnicodeEncodeError as error:
+            flag = "--" + option.replace("_", "-")
+            raise InputError(f"{flag}: not Unicode text: {error.reason}") from error

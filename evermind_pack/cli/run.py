@@ -13,7 +13,7 @@ from typing import Any
 from evermind_manifests.errors import InputError
 from evermind_runtime import Model, PagingWarning, load
 
-from .arrays import read_arrays, read_states, write_arrays, write_states
+from .arrays import check_targets, read_arrays, read_states, write_arrays, write_states
 from .terminal import human_bytes, print_json, print_table, remark
 
 EXAMPLES = """\
@@ -47,6 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="first",
         help="when a shard's sha256 is checked (default: at its first read)",
     )
+    parser.add_argument(
+        "--policy",
+        choices=("decayed", "lru", "pinned"),
+        default="decayed",
+        help="which expert to give up when the budget is spent (default: decayed)",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="JSON",
+        type=Path,
+        help="what --policy pinned keeps (default: the package's own profile.json)",
+    )
     text = parser.add_argument_group("generation (--prompt, --tokens)")
     text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
     text.add_argument(
@@ -61,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     raw.add_argument(
         "--steps",
         choices=("prefill", "decode"),
-        default="prefill",
         help="all tokens at once, or one by one (default: prefill)",
     )
     raw.add_argument("--state-in", metavar="NPZ", type=Path, help="state to start from")
@@ -81,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
                 device=args.device,
                 threads=args.threads,
                 verify=args.verify,
+                policy=args.policy,
+                profile=args.profile,
             )
         )
         for warning in caught:
@@ -95,13 +108,15 @@ def run(args: argparse.Namespace) -> int:
 def _check_combination(args: argparse.Namespace) -> None:
     if args.inputs and not (args.outputs or args.state_out):
         raise InputError("--inputs needs --outputs NPZ (or --state-out NPZ) to write to")
-    misplaced = ("max_new", "temperature", "seed", "stop_token") if args.inputs else ("outputs",)
+    generation, raw = ("max_new", "temperature", "seed", "stop_token"), ("outputs", "steps")
+    misplaced = generation if args.inputs else raw
     for name in misplaced:
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
             raise InputError(
                 f"{option} has no meaning {'with' if args.inputs else 'without'} --inputs"
             )
+    check_targets(args.outputs, args.state_out)
     if args.threads is not None and args.threads < 1:
         raise InputError(f"--threads: expected 1 or more, found {args.threads}")
 
@@ -110,7 +125,7 @@ def _run_arrays(model: Model, args: argparse.Namespace) -> None:
     inputs = read_arrays(args.inputs)
     states = read_states(model, args.state_in, inputs)
     started = time.perf_counter()
-    outputs = model.forward(inputs, state=states, steps=args.steps)
+    outputs = model.forward(inputs, state=states, steps=args.steps or "prefill")
     seconds = time.perf_counter() - started
     if args.outputs:
         write_arrays(args.outputs, outputs)
@@ -208,6 +223,6 @@ def _counter_rows(model: Model) -> dict[str, str]:
 def token_ids(text: str) -> list[int]:
     """The ids in `1,2,3`. Raises `InputError`."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
         raise InputError(f"--tokens: expected ids like 1,2,3, found {text!r}") from None

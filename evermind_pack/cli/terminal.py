@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -49,7 +50,7 @@ def remark(text: str, *, quiet: bool = False) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value))
 
 
 def print_table(rows: Mapping[str, str]) -> None:
@@ -78,3 +79,11 @@ def let_threads_sleep() -> None:
     with spinning threads.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def positive_int(text: str) -> int:
+    """An argument's value that counts something: 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {value}")
+    return value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evermind_manifests.errors import InputError, MissingExtraError
 
-from .terminal import let_threads_sleep, print_json, remark
+from .terminal import let_threads_sleep, positive_int, print_json, remark
 
 if TYPE_CHECKING:
     from ..training import TrainingResult
@@ -30,13 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", type=Path, help="go on from a run's last checkpoint"
     )
-    parser.add_argument("--steps", type=int, help="updates to make (default: 700 for lm, else 400)")
-    parser.add_argument("--batch", type=int, help="sequences, or samples, per update")
+    parser.add_argument(
+        "--steps", type=positive_int, help="updates to make (default: 700 for lm, else 400)"
+    )
+    parser.add_argument("--batch", type=positive_int, help="sequences, or samples, per update")
     parser.add_argument("--lr", type=float, help="the highest learning rate")
     parser.add_argument("--seed", type=int, help="of the weights and of the data's order")
-    parser.add_argument("--experts", type=int, help="experts per layer")
-    parser.add_argument("--top-k", type=int, help="experts a token is routed to")
-    parser.add_argument("--hidden", type=int, help="an expert's hidden width")
+    parser.add_argument("--experts", type=positive_int, help="experts per layer")
+    parser.add_argument("--top-k", type=positive_int, help="experts a token is routed to")
+    parser.add_argument("--hidden", type=positive_int, help="an expert's hidden width")
     parser.add_argument("--aux-weight", type=float, help="weight of the load-balancing loss")
     text = parser.add_argument_group("lm")
     text.add_argument(
@@ -46,13 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stdlib", action="store_true", help="train on Python's own standard library"
     )
     text.add_argument(
-        "--vocab", type=int, help="256 for bytes, more for byte-level BPE (default: 1024)"
+        "--vocab", type=positive_int, help="256 for bytes, more for byte-level BPE (default: 1024)"
     )
-    text.add_argument("--max-bytes", type=int, help="of corpus to read (default: 3,000,000)")
-    text.add_argument("--layers", type=int, help="layers (default: 4)")
-    text.add_argument("--d-model", type=int, help="width (default: 128)")
-    text.add_argument("--conv", type=int, help="tokens a convolution sees (default: 8)")
-    text.add_argument("--window", type=int, help="tokens per sequence (default: 128)")
+    text.add_argument(
+        "--max-bytes", type=positive_int, help="of corpus to read (default: 3,000,000)"
+    )
+    text.add_argument("--layers", type=positive_int, help="layers (default: 4)")
+    text.add_argument("--d-model", type=positive_int, help="width (default: 128)")
+    text.add_argument("--conv", type=positive_int, help="tokens a convolution sees (default: 8)")
+    text.add_argument("--window", type=positive_int, help="tokens per sequence (default: 128)")
     data = parser.add_argument_group("moe, limbic")
     data.add_argument(
         "--data",
@@ -75,6 +79,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("give what to train (lm, moe or limbic), or --resume RUN, not both")
     if args.resume is None and args.output is None:
         raise InputError("-o RUN is needed: the folder the run is written to")
+    if args.resume is not None:
+        given = {name for name, value in vars(args).items() if value not in (None, False)}
+        if ignored := sorted(given - {"resume", "json", "quiet"}):
+            raise InputError(
+                f"--resume goes on with the run's own settings; leave out "
+                f"{', '.join('--' + name.replace('_', '-') for name in ignored)}"
+            )
     with stop_on_interrupt() as stop:
         if args.resume is not None:
             result = resume_job(args.resume, stop=stop, quiet=args.quiet or args.json)

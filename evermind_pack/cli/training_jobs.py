@@ -31,7 +31,7 @@ from ..training import (
     train_language_model,
 )
 from ..training.presets import LanguagePreset, python_demo
-from ..training.run_folder import AnyTrainer
+from ..training.run_folder import AnyTrainer, clear_start
 from .arrays import read_arrays
 from .terminal import remark
 from .training_progress import training_progress
@@ -80,6 +80,7 @@ def train_lm(
         "max_bytes": preset.corpus_bytes,
     }
     plan = dataclasses.replace(preset.plan, source=source)
+    clear_start(folder)  # refused before the corpus is gathered, not after
     corpus = _corpus(source, quiet)
     with training_progress(plan.steps, quiet=quiet) as on_step:
         return train_language_model(
@@ -201,6 +202,8 @@ def _samples(path: Path, family: str) -> dict[str, Any]:
             f"{path}: expected the arrays {', '.join(names)}, found {', '.join(sorted(arrays))}"
         )
     for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{path}: {name}: expected numbers, found {array.dtype}")
         if array.ndim != (1 if name == "reward" else 2) or len(array) != len(arrays["x"]):
             raise InputError(f"{path}: {name}: found shape {array.shape}, which does not fit")
     return {name: arrays[name] for name in names}

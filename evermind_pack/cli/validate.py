@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from evermind_manifests.package import Package
-from evermind_manifests.problems import Problem, problem
+from evermind_manifests.problems import Problem
 from evermind_manifests.validate import Report, validate
 
 from .terminal import Progress, print_json, progress
@@ -45,9 +45,6 @@ def check_package(location: str | Path, *, deep: bool, parity: bool, progress: P
 
 
 def _parity(package: Package) -> list[Problem]:
-    from evermind_runtime.parity import parity_failures
+    from evermind_runtime.parity import parity_problems
 
-    return [
-        problem("parity", package.manifest.parity or "manifest.json", failure)
-        for failure in parity_failures(package)
-    ]
+    return parity_problems(package)

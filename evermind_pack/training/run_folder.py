@@ -62,13 +62,18 @@ class RunFolder:
     def create(
         cls, path: Path, model: FamilyModel, tokenizer: bytes | Literal["bytes"] | None = None
     ) -> Self:
-        """Start a run; raises `InputError` when the folder exists and is not empty."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        """Start a run; raises `InputError` when the folder exists and is not empty.
+
+        What a run left that ended before its first checkpoint does not count.
+        """
+        if path.exists() and not _is_unstarted(path):
             raise InputError(
                 f"{path}: expected a new or empty folder",
                 hint="Choose another one, or resume the run that is there.",
             )
         path.mkdir(parents=True, exist_ok=True)
+        for left in path.iterdir():
+            _remove(left)
         config = {"family": model.family, **model.config}
         if tokenizer == "bytes":
             config["vocabulary"] = "bytes"
@@ -151,7 +156,7 @@ class RunFolder:
     def tidy(self, step: int) -> None:
         """Drop what a crash left: half-written files, and metrics of steps after `step`."""
         for left in self.path.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _remove(left)
         path = self.path / METRICS
         if not path.exists():
             return
@@ -179,6 +184,49 @@ class RunFolder:
         return sorted(path for path in self.path.glob(f"{_CHECKPOINT}*") if path.is_dir())
 
 
+def clear_start(path: Path) -> None:
+    """Empty the folder of a run that ended before its first checkpoint.
+
+    Raises `InputError`, and touches nothing, for a folder with anything else in it, or for
+    what is no folder. A new or empty folder is left as it is.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        found = list(path.iterdir())
+    except OSError as error:
+        raise InputError(f"{path}: expected a folder: {error.strerror}") from error
+    surplus = sorted(item.name for item in found if not _begins_run(item))
+    # A model's or tokenizer's folder has a config.json too, which says something else.
+    if not surplus and any(not item.name.startswith(_TEMPORARY) for item in found):
+        surplus = [] if _is_config(path / CONFIG) else sorted(item.name for item in found)
+    if surplus:
+        raise InputError(
+            f"{path}: expected a new or empty folder, found {', '.join(surplus[:5])}",
+            hint="Choose another one, or resume the run that is there.",
+        )
+    for item in found:
+        _remove(item)
+
+
+def _begins_run(path: Path) -> bool:
+    """Whether a run writes this file before its first checkpoint."""
+    if path.name.startswith(_TEMPORARY):
+        return True
+    return path.name in (CONFIG, TOKENIZER, METRICS) and path.is_file()
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return _read_json(path).get("family") in FAMILIES
+    except CheckpointError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def require_resumable(trainer: AnyTrainer) -> None:
     """Refuse a trainer that would not resume from a checkpoint as it was.
 
@@ -194,6 +242,18 @@ def require_resumable(trainer: AnyTrainer) -> None:
     for name, parameter in trainer.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise CheckpointError(f"{name}: dtype: expected float32, found {parameter.dtype}")
+
+
+def _is_unstarted(folder: Path) -> bool:
+    """Whether a folder is empty, or holds only what a run writes before its first checkpoint."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(_TEMPORARY)}
+    if not names:
+        return True
+    # A configuration of another kind is somebody's model, not a run of ours.
+    ours = CONFIG in names and _read_json(folder / CONFIG).get("family") in FAMILIES
+    return ours and names <= {CONFIG, TOKENIZER, METRICS}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

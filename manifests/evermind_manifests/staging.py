@@ -170,7 +170,8 @@ class Staging:
             return
         if not self._overwrite:
             raise ExportError(
-                f"{place}: exists already", hint="Choose another name, or allow it to be replaced."
+                f"{place}: exists already",
+                hint="Choose another name, or allow it to be replaced (`--force`).",
             )
         # Only a package is ever replaced: not a home folder that was named by mistake.
         if place.is_symlink() or not (_is_zip(place) or _is_package_folder(place)):

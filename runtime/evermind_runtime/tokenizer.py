@@ -34,7 +34,7 @@ class ByteCodec:
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of `text`."""
-        return list(text.encode())
+        return list(_unicode(text).encode())
 
     def stream(self) -> TextStream:
         """Decodes UTF-8; malformed bytes become U+FFFD."""
@@ -68,7 +68,7 @@ class HuggingFaceCodec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(_unicode(text), add_special_tokens=False).ids
         return ids
 
     def stream(self) -> TextStream:
@@ -103,3 +103,12 @@ def open_codec(package: Package) -> TextCodec | None:
         return ByteCodec()
     assert spec.file is not None, "checked when the package was opened"
     return HuggingFaceCodec(package.read_file(spec.file), spec.file)
+
+
+def _unicode(text: str) -> str:
+    """`text`, unless it holds bytes that were no UTF-8 (lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt: not Unicode text: {error}") from error
+    return text
