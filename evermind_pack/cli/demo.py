@@ -138,7 +138,7 @@ def _train(folder: Path, args: argparse.Namespace, quiet: bool) -> bool:
     steps = RunFolder.open(folder).plan().get("steps") if started else args.steps
     if steps != args.steps:
         raise InputError(
-            f"{folder}: holds a run of {steps} steps, not of {args.steps}",
+            f"{folder}: a run of {steps} steps is there, --steps says {args.steps}",
             hint=f"Give another folder with -o, or --steps {steps} to use this one.",
         )
     with stop_on_interrupt() as stop:

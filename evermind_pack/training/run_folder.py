@@ -66,14 +66,8 @@ class RunFolder:
 
         What a run left that ended before its first checkpoint does not count.
         """
-        if path.exists() and not _is_unstarted(path):
-            raise InputError(
-                f"{path}: expected a new or empty folder",
-                hint="Choose another one, or resume the run that is there.",
-            )
+        clear_start(path)
         path.mkdir(parents=True, exist_ok=True)
-        for left in path.iterdir():
-            _remove(left)
         config = {"family": model.family, **model.config}
         if tokenizer == "bytes":
             config["vocabulary"] = "bytes"
@@ -196,13 +190,12 @@ def clear_start(path: Path) -> None:
         found = list(path.iterdir())
     except OSError as error:
         raise InputError(f"{path}: expected a folder: {error.strerror}") from error
-    surplus = sorted(item.name for item in found if not _begins_run(item))
     # A model's or tokenizer's folder has a config.json too, which says something else.
-    if not surplus and any(not item.name.startswith(_TEMPORARY) for item in found):
-        surplus = [] if _is_config(path / CONFIG) else sorted(item.name for item in found)
-    if surplus:
+    begun = all(item.name.startswith(_TEMPORARY) for item in found) or _is_config(path / CONFIG)
+    if not begun or not all(map(_begins_run, found)):
+        names = ", ".join(sorted(item.name for item in found)[:5])
         raise InputError(
-            f"{path}: expected a new or empty folder, found {', '.join(surplus[:5])}",
+            f"{path}: expected a new or empty folder, found {names}",
             hint="Choose another one, or resume the run that is there.",
         )
     for item in found:
@@ -242,18 +235,6 @@ def require_resumable(trainer: AnyTrainer) -> None:
     for name, parameter in trainer.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise CheckpointError(f"{name}: dtype: expected float32, found {parameter.dtype}")
-
-
-def _is_unstarted(folder: Path) -> bool:
-    """Whether a folder is empty, or holds only what a run writes before its first checkpoint."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(_TEMPORARY)}
-    if not names:
-        return True
-    # A configuration of another kind is somebody's model, not a run of ours.
-    ours = CONFIG in names and _read_json(folder / CONFIG).get("family") in FAMILIES
-    return ours and names <= {CONFIG, TOKENIZER, METRICS}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""`train` and `demo`: folders they may write to, options and data they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cli.command_line import call
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    path = tmp_path / "moe.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, x=rng.normal(size=(20, 6)), target=rng.normal(size=(20, 6)))
+    return path
+
+
+def moe(samples: Path, run: Path, *more: Any) -> list[Any]:
+    small = ["--experts", 2, "--hidden", 4, "--steps", 3]
+    return ["train", "moe", "--data", samples, "-o", run, *small, *more]
+
+
+def test_a_run_that_failed_early_does_not_block_its_folder(
+    samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    code, _, err = call(capsys, *moe(samples, run, "--lr", "1e30"))
+    assert code == 1
+    assert "Diverged" in err
+    (run / ".writing-checkpoint-00000001").mkdir()
+    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl"}
+    code, out, _ = call(capsys, *moe(samples, run, "--json"))
+    assert (code, json.loads(out)["finished"]) == (0, True)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not list(run.glob(".writing-*"))
+
+
+def put(folder: Path, *names: str) -> dict[str, bytes]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"model_type": "other"}')
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["thesis.txt"],
+        ["config.json"],
+        ["config.json", "tokenizer.json"],
+        ["config.json", "model.safetensors"],
+        ["tokenizer.json"],
+        ["metrics.jsonl"],
+        ["config.json/notes.txt"],
+        [".writing-config.json", "thesis.txt"],
+    ],
+)
+def test_a_folder_of_anything_else_is_never_emptied(
+    names: list[str], samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "d" / "run"
+    before = put(run, *names)
+    for command in (["demo", "-o", tmp_path / "d", "--steps", 2], moe(samples, run)):
+        code, _, err = call(capsys, *command)
+        assert code == 2
+        assert str(run) in err
+        assert names[0].partition("/")[0] in err
+        assert contents(run) == before
+
+
+def test_a_demo_of_other_steps_does_not_replace_a_run(
+    samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "demo" / "run"
+    assert call(capsys, *moe(samples, run))[0] == 0
+    (run / "notes.txt").write_text("mine")
+    before = contents(run)
+    code, _, err = call(capsys, "demo", "-o", run.parent, "--steps", 5)
+    assert code == 2
+    assert "a run of 3 steps is there, --steps says 5" in err
+    assert "-o" in err
+    assert contents(run) == before
+
+
+def test_a_foreign_checkpoint_folder_is_refused(tmp_path: Path, capsys: Any) -> None:
+    before = put(tmp_path / "run", "checkpoint-500/weights.bin", "config.json")
+    code, _, err = call(capsys, "demo", "-o", tmp_path, "--steps", 5)
+    assert code == 1
+    assert "trainer.json" in err
+    assert contents(tmp_path / "run") == before
