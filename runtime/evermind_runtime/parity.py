@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 import msgspec
 import numpy as np
-from evermind_manifests.errors import EvermindPackError, IntegrityError, ManifestError
+from evermind_manifests.errors import (
+    DeviceError,
+    DigestError,
+    EvermindPackError,
+    InputError,
+    IntegrityError,
+    ManifestError,
+    MissingExtraError,
+    ShardError,
+)
 from evermind_manifests.manifest import MANIFEST_NAME
 from evermind_manifests.package import Package
 from evermind_manifests.problems import Problem, problem, problem_of
@@ -28,6 +37,8 @@ class _Array(msgspec.Struct, frozen=True):
     data: str
 
     def decode(self) -> Array:
+        if any(size < 0 for size in self.shape):  # numpy would fill one in
+            raise ValueError(f"shape: expected sizes from 0 up, found {self.shape}")
         raw = base64.b64decode(self.data, validate=True)
         return np.frombuffer(raw, dtype=numpy_dtype(self.dtype)).reshape(self.shape)
 
@@ -54,12 +65,19 @@ def parity_problems(package: Package) -> list[Problem]:
                 "Export again with PyTorch installed, or validate without --run.",
             )
         ]
+    found: list[Problem] = []
     try:
-        failures = parity_failures(package)
+        found += (problem("parity", path, failure) for failure in _failures(package, path))
+    except (MissingExtraError, DeviceError):
+        raise  # this machine's fault, not the package's
+    except (IntegrityError, ShardError) as error:
+        code = "digest-mismatch" if isinstance(error, DigestError) else "unreadable"
+        found.append(problem_of(code, package.location, error))
     except EvermindPackError as error:
-        code = "digest-mismatch" if isinstance(error, IntegrityError) else "parity"
-        return [problem_of(code, path, error)]
-    return [problem("parity", path, failure) for failure in failures]
+        found.append(problem_of("parity", path, error))
+    except Exception as error:  # a graph may fail in ONNX Runtime in ways of its own
+        found.append(problem("parity", path, f"{type(error).__name__}: {error}"))
+    return found
 
 
 def parity_failures(package: Package) -> list[str]:
@@ -70,10 +88,35 @@ def parity_failures(package: Package) -> list[str]:
     """
     path = package.manifest.parity
     if path is None:
-        raise ManifestError("manifest.json: parity: the package has no parity file to run")
+        raise ManifestError(f"{MANIFEST_NAME}: parity: the package has no parity file to run")
+    return [f"{path}: {failure}" for failure in _failures(package, path)]
+
+
+def _failures(package: Package, path: str) -> Iterator[str]:
+    cases = _read_cases(package.read_file(path), path)
+    programs: tuple[Steps, ...] = ("prefill", "decode")
+    # One token's experts are enough to compute anything, however large the package.
+    budget = token_cycle_bytes(package.manifest)
+    model = Model(package, budget=budget, device="cpu", threads=None, verify="first")
+    for number, (inputs, outputs, tolerance) in enumerate(cases):
+        for program in programs:
+            where = f"case {number}, {program}"
+            try:
+                found = model.forward(inputs, steps=program, outputs=list(outputs))
+            except InputError as error:
+                yield f"{where}: {error}"
+                continue
+            for name, array in outputs.items():
+                if off := _difference(array, found[name], tolerance):
+                    yield f"{where}, {name}: {off}"
+
+
+def _read_cases(data: bytes, path: str) -> list[tuple[dict[str, Array], dict[str, Array], float]]:
+    """(inputs, outputs, tolerance) of every case. Raises `ManifestError`."""
     try:
-        parity = msgspec.json.decode(package.read_file(path), type=_Parity)
-        cases = [
+        parity = msgspec.json.decode(data, type=_Parity)
+        _check_cases(parity.cases)
+        return [
             (
                 {name: array.decode() for name, array in case.inputs.items()},
                 {name: array.decode() for name, array in case.outputs.items()},
@@ -81,28 +124,15 @@ def parity_failures(package: Package) -> list[str]:
             )
             for case in parity.cases
         ]
-        _check_cases(parity.cases)
     except (msgspec.DecodeError, ValueError) as error:
-        if isinstance(error, EvermindPackError):
-            raise
         raise ManifestError(f"{path}: {error}") from error
-    failures: list[str] = []
-    programs: tuple[Steps, ...] = ("prefill", "decode")
-    # One token's experts are enough to compute anything, however large the package.
-    budget = token_cycle_bytes(package.manifest)
-    model = Model(package, budget=budget, device="cpu", threads=None, verify="first")
-    for number, (inputs, expected, tolerance) in enumerate(cases):
-        for program in programs:
-            found = model.forward(inputs, steps=program, outputs=list(expected))
-            for name, array in expected.items():
-                if off := _difference(array, found[name], tolerance):
-                    failures.append(f"{path}: case {number}, {program}, {name}: {off}")
-    return failures
 
 
 def _difference(expected: Array, found: Array, tolerance: float) -> str | None:
     if expected.shape != found.shape:
         return f"expected shape {expected.shape}, found {found.shape}"
+    if expected.dtype != found.dtype:
+        return f"expected {expected.dtype}, found {found.dtype}"
     if np.issubdtype(expected.dtype, np.integer):
         wrong = int(np.count_nonzero(expected != found))
         return f"{wrong} of {expected.size} integers differ" if wrong else None
