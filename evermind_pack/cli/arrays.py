@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import zipfile
+import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,36 +19,31 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Every array of an `.npz` file; pickled objects are refused."""
+    """Every array of an `.npz` file; pickled objects are refused. Raises `InputError`."""
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise InputError(f"{path}: expected an .npz archive, found a single array")
         with archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, MemoryError, zipfile.BadZipFile, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    # Damage fails in ways of zipfile, zlib and numpy, a size that was made up as MemoryError.
+    except Exception as error:
         raise InputError(f"{path}: cannot be read as .npz: {error}") from error
 
 
 def check_targets(*paths: Path | None) -> None:
     """Raise `InputError` before anything is computed if a result could not be written."""
-    targets = [path.resolve() for path in paths if path is not None]
+    targets = [_target(path) for path in paths if path is not None]
     if len(set(targets)) < len(targets):
         raise InputError(f"{targets[0]}: expected a file of its own for each result")
-    for target in targets:
-        if target.exists() and not target.is_file():
-            raise InputError(f"{target}: exists and is not a regular file")
-        if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-            raise InputError(f"{target}: its folder is not there, or cannot be written to")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write an `.npz` file, whole or not at all; a link is written through."""
-    check_targets(path)
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target = _target(path)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -54,11 +51,24 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def _target(path: Path) -> Path:
+    """The file that `path` means, behind any links; it can be written or replaced."""
+    target = Path(os.path.realpath(path))
+    try:
+        # A loop of links, and a name too long, fail here.
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(target.stat().st_mode):
+                raise InputError(f"{path}: expected a regular file, found something else")
+        if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+            raise InputError(f"{path}: its folder is not there, or cannot be written to")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    return target
 
 
 def read_states(model: Model, path: Path | None, inputs: Arrays) -> State | list[State]:

@@ -1,0 +1,129 @@
+"""`run --outputs` and `--state-out`: where results may be written, and how."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cli.command_line import call
+from tests.packages import export, lm_source
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(lm_source(), tmp_path_factory.mktemp("outputs") / "lm")
+
+
+@pytest.fixture
+def run(package: Path, tmp_path: Path) -> list[Any]:
+    np.savez(tmp_path / "in.npz", tokens=[1, 2, 3])
+    return ["run", package, "--inputs", tmp_path / "in.npz", "-q"]
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def test_a_new_file_has_the_permissions_the_umask_gives(
+    run: list[Any], umask: None, tmp_path: Path, capsys: Any
+) -> None:
+    assert call(capsys, *run, "--outputs", tmp_path / "out.npz")[0] == 0
+    assert stat.S_IMODE((tmp_path / "out.npz").stat().st_mode) == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+
+
+def test_a_link_is_written_through(run: list[Any], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "real.npz", tmp_path / "link.npz"
+    for _ in range(2):  # dangling, then not
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert call(capsys, *run, "--outputs", link)[0] == 0
+        assert link.is_symlink()
+        assert np.load(target)["logits"].shape == (3, 96)
+        target.write_bytes(b"old")
+    assert call(capsys, *run, "--outputs", link)[0] == 0
+    assert np.load(target)["logits"].shape == (3, 96)
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("option", ["--outputs", "--state-out"])
+@pytest.mark.parametrize("make", [_fifo, Path.mkdir, _loop])
+def test_only_regular_files_are_replaced_and_nothing_is_computed_first(
+    make: Callable[[Path], None],
+    option: str,
+    run: list[Any],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("evermind_runtime.Model.forward", _never)
+    place = tmp_path / "there"
+    make(place)
+    before = place.lstat()
+    code, out, err = call(capsys, *run, option, place)
+    assert (code, out) == (2, "")
+    assert "there" in err
+    assert place.lstat().st_ino == before.st_ino
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise AssertionError("computed before the destination was checked")
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["missing/out.npz"],
+        ["in.npz/out.npz"],
+        ["n" * 300],
+        ["d/" * 3000 + "out.npz"],
+        ["a.npz", "a.npz"],
+        ["a.npz", "link.npz"],
+    ],
+)
+def test_destinations_are_checked_before_anything_is_computed(
+    places: list[str],
+    run: list[Any],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("evermind_runtime.Model.forward", _never)
+    (tmp_path / "link.npz").symlink_to("a.npz")
+    options = zip(("--outputs", "--state-out"), places, strict=False)
+    arguments = [word for name, place in options for word in (name, tmp_path / place)]
+    code, out, err = call(capsys, *run, *arguments)
+    assert (code, out) == (2, "")
+    assert "InputError" in err
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    run: list[Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "out.npz").write_bytes(b"old")
+    monkeypatch.setattr(np, "savez", full)
+    code, _, err = call(capsys, *run, "--outputs", tmp_path / "out.npz")
+    assert code == 2
+    assert "No space left" in err
+    assert (tmp_path / "out.npz").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "out.npz"]
