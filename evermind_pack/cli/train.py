@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume is None and args.output is None:
         raise InputError("-o RUN is needed: the folder the run is written to")
     if args.resume is not None:
-        given = {name for name, value in vars(args).items() if value not in (None, False)}
+        # By identity: a 0 that was given is equal to False.
+        given = {n for n, value in vars(args).items() if value is not None and value is not False}
         if ignored := sorted(given - {"resume", "json", "quiet"}):
             raise InputError(
                 f"--resume goes on with the run's own settings; leave out "

@@ -201,10 +201,13 @@ def _samples(path: Path, family: str) -> dict[str, Any]:
         raise InputError(
             f"{path}: expected the arrays {', '.join(names)}, found {', '.join(sorted(arrays))}"
         )
-    for name, array in arrays.items():
+    for name in names:
+        array = arrays[name]
         if array.dtype.kind not in "fiu":
             raise InputError(f"{path}: {name}: expected numbers, found {array.dtype}")
-        if array.ndim != (1 if name == "reward" else 2) or len(array) != len(arrays["x"]):
+        # Of the right rank before all, so that x, the first, has a length to compare with.
+        right = array.ndim == (1 if name == "reward" else 2) and array.size > 0
+        if not right or len(array) != len(arrays["x"]):
             raise InputError(f"{path}: {name}: found shape {array.shape}, which does not fit")
     return {name: arrays[name] for name in names}
 
@@ -215,6 +218,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 def _refuse(args: argparse.Namespace, *names: str) -> None:
     for name in names:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # by identity: a 0 that was given counts
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} has no meaning when training {args.family}")

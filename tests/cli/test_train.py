@@ -97,3 +97,75 @@ def test_a_foreign_checkpoint_folder_is_refused(tmp_path: Path, capsys: Any) -> 
     assert code == 1
     assert "trainer.json" in err
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "many"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--steps",
+        "--batch",
+        "--experts",
+        "--top-k",
+        "--hidden",
+        "--vocab",
+        "--max-bytes",
+        "--layers",
+        "--d-model",
+        "--conv",
+        "--window",
+    ],
+)
+def test_counts_are_one_or_more(option: str, value: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        call(capsys, "train", "lm", "--stdlib", "-o", tmp_path / "run", option, value)
+    assert exit_info.value.code == 2
+    assert option in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more", [["--steps", 9], ["--seed", 0], ["--lr", 0], ["--stdlib"], ["-o", "other"]]
+)
+def test_a_resumed_run_has_its_own_settings(
+    more: list[Any], samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    assert call(capsys, *moe(samples, run))[0] == 0
+    code, _, err = call(capsys, "train", "--resume", run, *more)
+    assert code == 2
+    assert str(more[0]).replace("-o", "--output") in err
+    assert call(capsys, "train", "--resume", run, "--json", "-q")[0] == 0
+
+
+def test_an_option_of_another_family_is_refused_even_when_zero(
+    samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    command = ["train", "limbic", "--data", samples, "-o", tmp_path / "run", "--aux-weight", 0]
+    np.savez(samples, **{n: np.ones((4, 8)) for n in ("x", "state", "delta")}, reward=np.ones(4))
+    code, _, err = call(capsys, *command)
+    assert code == 2
+    assert "--aux-weight has no meaning" in err
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.full((20, 6), "a"),
+        np.full((20, 6), None),
+        np.ones((20, 6), complex),
+        np.float32(1),
+        np.ones(20),
+        np.ones((0, 6)),
+        np.ones((20, 0)),
+        np.ones((19, 6)),
+    ],
+)
+def test_samples_that_are_no_numbers_are_refused(
+    x: Any, samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    np.savez(samples, target=np.ones((20, 6)), x=x)
+    code, _, err = call(capsys, *moe(samples, tmp_path / "run"))
+    assert code == 2
+    assert samples.name in err
+    assert not (tmp_path / "run").exists()
