@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     as_json = "--json" in arguments
     try:
-        return _run(name, arguments[1:])
+        code = _run(name, arguments[1:])
+        # Now, while a full disk or a closed pipe can still be reported.
+        sys.stdout.flush()
+        return code
     except EvermindPackError as error:
         _report(error, as_json)
         return error.exit_code
@@ -62,12 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output is gone (`| head`): nothing more to say, and not an error.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            as_json = False  # stdout is what failed
+            _drop_output()
         _report(EvermindPackError(f"the system refused: {error}"), as_json)
         return 1
+
+
+def _drop_output() -> None:
+    """Let what stdout still holds go nowhere, so that the interpreter's exit does not fail."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:

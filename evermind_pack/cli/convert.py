@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from evermind_manifests.errors import InputError, MissingExtraError
+from evermind_manifests.errors import ExportError, InputError, MissingExtraError
 from evermind_manifests.package import open_package
 
 from .terminal import human_bytes, print_json, print_table
@@ -66,6 +67,14 @@ def run(args: argparse.Namespace) -> int:
     """Convert, then say what was written."""
     if args.no_trailer and args.to not in ("evl0", "evermind"):
         raise InputError(f"--no-trailer has no meaning with --to {args.to}")
+    if args.to == "hf":
+        if args.force:
+            raise InputError("--force has no meaning with --to hf: a folder is never replaced")
+    elif not args.force and os.path.lexists(args.output):
+        raise ExportError(
+            f"{args.output}: exists already",
+            hint="Choose another name, or give --force.",
+        )
     try:
         from evermind_exporters import (
             convert_package,

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export", "Exporting") from error
 
-    _check_text(args)
     source = read_source(args.source)
+    _check_text(args, source.name)
     if args.tokenizer:
         source = with_peer_tokenizer(source, args.tokenizer)
     options = ExportOptions(
@@ -148,11 +148,18 @@ def _print_result(args: argparse.Namespace, digest: str) -> None:
     )
 
 
-def _check_text(args: argparse.Namespace) -> None:
+def _check_text(args: argparse.Namespace, source_name: str) -> None:
     """Refuse bytes that are no UTF-8: they cannot be written to a manifest."""
-    for option in ("name", "package_version", "license", "author", "description"):
+    texts = {
+        "--name": args.name or source_name,
+        "--package-version": args.package_version or "",
+        "--license": args.license or "",
+        "--author": args.author or "",
+        "--description": args.description,
+        "--tag": "".join(args.tag),
+    }
+    for option, text in texts.items():
         try:
-            (getattr(args, option) or "").encode()
+            text.encode()
         except UnicodeEncodeError as error:
-            flag = "--" + option.replace("_", "-")
-            raise InputError(f"{flag}: not Unicode text: {error.reason}") from error
+            raise InputError(f"{option}: expected Unicode text, found {text!r}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 import warnings
@@ -22,6 +23,9 @@ EXAMPLES = """\
   evermind-pack run model.evermind --tokens 1,2,3 --max-new 16 --budget 25%
   evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
   evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
+
+# More digits than any id has would only make int() refuse in its own words.
+_TOKEN_ID = re.compile(r"\s*\d{1,18}\s*", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +226,7 @@ def _counter_rows(model: Model) -> dict[str, str]:
 
 def token_ids(text: str) -> list[int]:
     """The ids in `1,2,3`. Raises `InputError`."""
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise InputError(f"--tokens: expected ids like 1,2,3, found {text!r}") from None
+    parts = text.split(",") if text.strip() else []
+    if not all(_TOKEN_ID.fullmatch(part) for part in parts):
+        raise InputError(f"--tokens: expected ids like 1,2,3, found {text[:80]!r}")
+    return [int(part) for part in parts]

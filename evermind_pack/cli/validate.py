@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from evermind_manifests.location import read_head
 from evermind_manifests.package import Package
 from evermind_manifests.problems import Problem
 from evermind_manifests.validate import Report, validate
@@ -40,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_package(location: str | Path, *, deep: bool, parity: bool, progress: Progress) -> Report:
-    """Validate a package, its parity cases run by the runtime if asked for."""
+    """Validate a package, its parity cases run by the runtime if asked for.
+
+    Raises `LocationError` for a place that is not there: a mistake of usage, no finding.
+    """
+    read_head(location, 1)
     return validate(location, deep=deep, run=_parity if parity else None, progress=progress)
 
 
