@@ -47,6 +47,9 @@ def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingRes
         if args.stdlib == bool(args.corpus):
             raise InputError("lm needs a corpus: --corpus PATH …, or --stdlib")
         _refuse(args, "data")
+        for path in args.corpus or ():
+            if not path.exists():
+                raise InputError(f"--corpus: {path}: there is no such folder or file")
         return train_lm(args.output, _language_preset(args), stop=stop, quiet=quiet)
     _refuse(args, "corpus", "stdlib", "vocab", "max_bytes", "layers", "d_model", "conv", "window")
     if args.data is None:

@@ -22,7 +22,13 @@ from typing import Any, Literal, Self
 
 import torch
 from evermind_exporters.checkpoints import FAMILIES
-from evermind_manifests.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from evermind_manifests.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    LocationError,
+    MissingFileError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -79,7 +85,12 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """A run to resume; raises `MissingFileError` when it has no checkpoint."""
+        """A run to resume.
+
+        Raises `LocationError` when it is not there, `MissingFileError` when it has no checkpoint.
+        """
+        if not path.is_dir():
+            raise LocationError(f"{path}: there is no such folder")
         run = cls(path)
         run.latest()
         return run

@@ -146,6 +146,15 @@ def test_arrays_that_cannot_be_read(
     code, out, err = call(capsys, "run", package, *arguments, "--outputs", tmp_path / "o.npz")
     assert (code, out) == (2, "")
     assert "bad.npz" in err
+    assert "unsafe" not in err
+
+
+@pytest.mark.parametrize("name", ["missing.npz", "n" * 5000, ""])
+def test_arrays_that_are_not_there(name: str, package: Path, tmp_path: Path, capsys: Any) -> None:
+    inputs = ["--inputs", tmp_path / name, "--outputs", tmp_path / "o.npz"]
+    code, out, err = call(capsys, "run", package, *inputs)
+    assert (code, out) == (2, "")
+    assert "cannot be read as .npz" in err
 
 
 def test_text_that_is_no_unicode_is_refused(
