@@ -91,7 +91,8 @@ def _typed(name: str, spec: ValueSpec, value: npt.ArrayLike) -> Array:
         array = array.astype(numpy_dtype(spec.dtype))  # numpy calls an empty list floats
     dtype = np.dtype(numpy_dtype(spec.dtype))
     # Floats may change precision and integers width; a float is never taken for an id.
-    if not np.can_cast(array.dtype, dtype, casting="same_kind"):
+    truths = array.dtype == np.bool_ and dtype != np.bool_
+    if truths or not np.can_cast(array.dtype, dtype, casting="same_kind"):
         raise InputError(f"input {name!r}: expected {dtype}, found {array.dtype}")
     return np.asarray(array, dtype=dtype, order="C")
 

@@ -65,6 +65,9 @@ def generate(
 
 def _encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
     if not isinstance(prompt, str):
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise InputError(f"prompt: expected token ids, found {token!r}")
         return [int(token) for token in prompt]
     if model.codec is None:
         raise InputError(

@@ -61,6 +61,7 @@ def test_a_state_that_does_not_fit_is_refused(model: em.Model) -> None:
         ({}, "tokens i64"),
         ({"token": [1]}, "found token"),
         ({"tokens": [1.5]}, "expected int64, found float64"),
+        ({"tokens": [True]}, "expected int64, found bool"),
         ({"tokens": 3}, "batch axis"),
         ({"tokens": [[[1]]]}, "batch axis"),
         ({"tokens": [[1, 2], [3]]}, "not an array"),
@@ -80,6 +81,9 @@ def test_prompts_that_do_not_fit_are_refused(model: em.Model) -> None:
         model.generate("text")
     with pytest.raises(InputError, match="found 96"):
         model.generate([96])
+    for token in (1.5, True, "1"):
+        with pytest.raises(InputError, match="expected token ids"):
+            model.generate([token])  # type: ignore[list-item]
     with pytest.raises(InputError, match="max_new_tokens"):
         model.generate([1], max_new_tokens=-1)
     assert list(model.generate([1], max_new_tokens=0)) == []
