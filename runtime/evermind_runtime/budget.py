@@ -7,6 +7,8 @@ import re
 from evermind_manifests.errors import BudgetError
 from evermind_manifests.manifest import Manifest
 
+from .layers import all_bytes, cycle_bytes, expert_layers, step_bytes
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -48,22 +50,17 @@ def parse_size(text: object, total: int) -> int:
 
 def total_expert_bytes(manifest: Manifest) -> int:
     """What all experts take when every one is resident."""
-    return slot_bytes(manifest) * sum(layer.experts for layer in manifest.layers)
+    return all_bytes(expert_layers(manifest))
 
 
 def working_set_bytes(manifest: Manifest) -> int:
     """The least budget that works: slots for the experts one token needs in one layer."""
-    return slot_bytes(manifest) * max((layer.top_k for layer in manifest.layers), default=0)
-
-
-def slot_bytes(manifest: Manifest) -> int:
-    """What one resident expert takes: as much as the largest kind that a layer uses."""
-    return max((manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0)
+    return step_bytes(expert_layers(manifest))
 
 
 def token_cycle_bytes(manifest: Manifest) -> int:
     """The experts one token passes through, over all layers."""
-    return slot_bytes(manifest) * sum(layer.top_k for layer in manifest.layers)
+    return cycle_bytes(expert_layers(manifest))
 
 
 def check_budget(budget: int, manifest: Manifest) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from evermind_manifests.manifest import Count, Manifest, PositiveCount
 from msgspec import Struct
 
-from .budget import slot_bytes
-
 
 class ExpertLayer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One layer: its number, its experts, how many a token uses, and what one takes in memory."""
@@ -21,15 +19,21 @@ class ExpertLayer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 def expert_layers(manifest: Manifest) -> tuple[ExpertLayer, ...]:
     """A manifest's layers, in the order they run."""
+    size = slot_bytes(manifest)
     return tuple(
         ExpertLayer(
             layer=layer.layer,
             experts=layer.experts,
             top_k=layer.top_k,
-            bytes=slot_bytes(manifest),
+            bytes=size,
         )
         for layer in manifest.layers
     )
+
+
+def slot_bytes(manifest: Manifest) -> int:
+    """What one resident expert takes: as much as the largest kind that a layer uses."""
+    return max((manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0)
 
 
 def all_bytes(layers: Iterable[ExpertLayer]) -> int:

@@ -20,8 +20,9 @@ from evermind_manifests.manifest import Shard
 from evermind_manifests.package import Package, check_digest, shard_place
 from evermind_manifests.shard import check_shard, read_header
 
-from .budget import check_budget, slot_bytes
+from .budget import check_budget
 from .devices import Device, Slot
+from .layers import slot_bytes
 from .policies import ExpertKey, Policy
 
 Verify: TypeAlias = Literal["first", "always", "never"]
