@@ -19,6 +19,13 @@ ALLOWED_SUFFIXES: Final[frozenset[str]] = frozenset(
 MAX_PATH_BYTES: Final = 1024
 MAX_PART_BYTES: Final = 255
 
+_ORDINARY_PART = r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])[./])[A-Za-z0-9_-]{1,64}"
+# What exporters write: every check below passes at once. No dot but the suffix's, so that no
+# such file can be the folder of another; no device; not the manifest. Others get a closer look.
+ORDINARY: Final = re.compile(
+    rf"(?!manifest\.)(?:{_ORDINARY_PART}/){{0,7}}{_ORDINARY_PART}"
+    rf"\.(?:{'|'.join(sorted(suffix[1:] for suffix in ALLOWED_SUFFIXES))})"
+)
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 _UNPORTABLE = frozenset('\\:<>"|?*')
 # Control and format characters, lone surrogates, line and paragraph separators.

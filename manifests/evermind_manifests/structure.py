@@ -6,7 +6,7 @@ second) and reports every problem it finds.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from .manifest import (
     Shard,
     Step,
 )
-from .paths import check_file_kind, check_path
+from .paths import ORDINARY, check_file_kind, check_path
 from .problems import Problem, problem, problem_of
 from .shard import ALIGNMENT, check_layout
 
@@ -47,6 +47,8 @@ def check_structure(manifest: Manifest) -> list[Problem]:
 
 def check_files(files: Mapping[str, object]) -> Iterator[Problem]:
     """The paths of `files`: portable, of an allowed kind, and distinct in any letter case."""
+    if all(map(ORDINARY.fullmatch, files)) and len(set(map(str.casefold, files))) == len(files):
+        return
     folded: dict[str, str] = {}
     for path in files:
         place = f"files[{path!r}]"
@@ -149,8 +151,8 @@ def _check_shards(manifest: Manifest) -> Iterator[Problem]:
         if entry.kind in manifest.kinds
     }
     seen: dict[tuple[int, int], int] = {}
-    by_file: defaultdict[str, list[tuple[int, int, int]]] = defaultdict(list)
-    for number, shard in enumerate(manifest.shards):
+    shards = manifest.shards
+    for number, shard in enumerate(shards):
         layer = layers.get(shard.layer)
         if layer is None or shard.expert >= layer.experts:
             yield problem(
@@ -171,15 +173,11 @@ def _check_shards(manifest: Manifest) -> Iterator[Problem]:
                 "shard-size", f"shards[{number}]", f"expected {expected} bytes, found {shard.bytes}"
             )
         yield from _check_shard_file(manifest, number, shard)
-        by_file[shard.file].append((shard.offset, shard.offset + shard.bytes, number))
     yield from _check_missing(manifest, seen)
-    for path, ranges in by_file.items():
-        ranges.sort()
-        for (_, end, one), (begin, _, other) in pairwise(ranges):
-            if begin < end:
-                yield problem(
-                    "shard-range", f"shards[{other}]", f"overlaps shards[{one}] in {path}"
-                )
+    ranges = sorted((shard.file, shard.offset, number) for number, shard in enumerate(shards))
+    for (path, begin, one), (other_path, other_begin, other) in pairwise(ranges):
+        if path == other_path and other_begin < begin + shards[one].bytes:
+            yield problem("shard-range", f"shards[{other}]", f"overlaps shards[{one}] in {path}")
 
 
 def _check_shard_file(manifest: Manifest, number: int, shard: Shard) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from evermind_manifests.errors import PathError, UnsupportedError
-from evermind_manifests.paths import check_file_kind, check_path
+from evermind_manifests.paths import ORDINARY, check_file_kind, check_path
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,3 +85,25 @@ def test_file_kinds(path: str) -> None:
 def test_file_kinds_that_are_not_data(path: str) -> None:
     with pytest.raises(UnsupportedError, match="do not belong in a package"):
         check_file_kind(path)
+
+
+_PARTS = ("a", "A-9_", "con", "Con1", "com1", "nul", "..", ".", "", "manifest", "x.md", "x" * 65)
+_SUFFIXES = ("md", "moe0", "moe0p", "sig", "json", "exe", "MD", "", "m\nd")
+
+
+@given(st.lists(st.sampled_from(_PARTS), min_size=1, max_size=9), st.sampled_from(_SUFFIXES))
+def test_an_ordinary_path_passes_every_check(parts: list[str], suffix: str) -> None:
+    path = "/".join(parts) + "." + suffix
+    if not ORDINARY.fullmatch(path):
+        return
+    check_path(path)
+    check_file_kind(path)
+    *folders, name = path.split("/")
+    assert "." in name
+    assert not any("." in folder for folder in folders)
+    assert path not in ("manifest.json", "manifest.sig")
+
+
+@pytest.mark.parametrize("path", ["experts/l000/e0001.moe0", "README.md", "graphs/a_00.onnx"])
+def test_what_exporters_write_is_ordinary(path: str) -> None:
+    assert ORDINARY.fullmatch(path)
