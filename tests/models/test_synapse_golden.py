@@ -29,7 +29,7 @@ from evermind_pack.models.synapse import (
     Thalamus,
     Xlstm,
 )
-from tests.families import FamilyCase, family_case
+from tests.golden_families import FamilyCase, family_case
 
 SINGLE = ("expert", "pool", "mamba", "thalamus", "xlstm", "fast_weights", "model")
 CASES = (*SINGLE, "xlstm_b2", "fast_weights_b2", "model_b2")
