@@ -56,6 +56,7 @@ class GraphBuilder:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._counter = 0
+        self._outer: GraphBuilder | None = None
 
     def input(self, name: str, dtype: DType, dims: Sequence[int | str]) -> str:
         """Declare a graph input; returns its name."""
@@ -71,6 +72,8 @@ class GraphBuilder:
 
     def weight(self, name: str) -> str:
         """Use the external tensor `name`; returns its name."""
+        if self._outer:
+            return self._outer.weight(name)
         if name not in self._initializers:
             spec = self._external[name]
             tensor = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[spec.dtype])
@@ -84,6 +87,8 @@ class GraphBuilder:
 
     def const(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
         """A small constant stored in the graph; equal constants are stored once."""
+        if self._outer:
+            return self._outer.const(value, dtype)
         array = np.asarray(value, dtype=dtype)
         name = f"const_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
         if name not in self._initializers:
@@ -93,7 +98,9 @@ class GraphBuilder:
     def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Add one node; returns its output name, or a tuple of them when `outputs` > 1."""
         self._counter += 1
-        names = [f"{op_type}_{self._counter}_{i}" for i in range(outputs)]
+        # A name of the graph around may be used in here, so none may be given twice.
+        prefix = f"{self._name}." if self._outer else ""
+        names = [f"{prefix}{op_type}_{self._counter}_{i}" for i in range(outputs)]
         self._nodes.append(onnx.helper.make_node(op_type, list(inputs), names, **attributes))
         return names[0] if outputs == 1 else tuple(names)
 
@@ -101,15 +108,46 @@ class GraphBuilder:
         """Cast `value` to `dtype`."""
         return str(self.op("Cast", value, to=ONNX_DTYPES[dtype]))
 
-    def build(self) -> bytes:
-        """The checked model as deterministic protobuf bytes."""
-        graph = onnx.helper.make_graph(
+    def body(self) -> GraphBuilder:
+        """A builder for a subgraph of this one, which may use this one's values."""
+        self._counter += 1
+        prefix = f"{self._name}." if self._outer else ""
+        body = GraphBuilder(f"{prefix}body_{self._counter}")
+        body._outer = self
+        return body
+
+    def scan(
+        self, body: GraphBuilder, *inputs: str, states: int = 0, axis: int = 0
+    ) -> tuple[str, ...]:
+        """Run `body` once per slice of the inputs' first axis; returns what it gave.
+
+        The first `states` inputs are carried from slice to slice: the body declares an
+        input and an output for each, before those of the slices. The other outputs are
+        stacked along a new axis `axis`. Slices are read where they lie, without a copy.
+        """
+        stacked = len(body._outputs) - states
+        result = self.op(
+            "Scan",
+            *inputs,
+            outputs=len(body._outputs),
+            body=body._graph(),
+            num_scan_inputs=len(inputs) - states,
+            scan_output_axes=[axis] * stacked,
+        )
+        return result if isinstance(result, tuple) else (result,)
+
+    def _graph(self) -> onnx.GraphProto:
+        return onnx.helper.make_graph(
             self._nodes,
             self._name,
             self._inputs,
             self._outputs,
             list(self._initializers.values()),
         )
+
+    def build(self) -> bytes:
+        """The checked model as deterministic protobuf bytes."""
+        graph = self._graph()
         model = onnx.helper.make_model(
             graph,
             opset_imports=[onnx.helper.make_opsetid("", OPSET)],

@@ -2,7 +2,8 @@
 
 The CPU has no half-precision matrix product, so weights are cast inside the graph. Casting a
 large matrix whole writes it to memory and reads it back as float32; cast in blocks of rows that
-fit the core's cache, only the half-precision bytes travel.
+fit the core's cache, only the half-precision bytes travel. `Scan` walks over the blocks where
+they lie; `Split` would copy each of them first.
 """
 
 from __future__ import annotations
@@ -11,24 +12,41 @@ from evermind_manifests.manifest import DType
 
 from ..onnx_graph import GraphBuilder
 
-# Elements of a block: 1 MiB as float32. On one thread at 1024 -> 3584, blocks of 64Ki, 128Ki,
-# 256Ki and 512Ki elements took 1.87, 1.60, 1.39 and 1.53 times float32 weights, whole casts 2.07.
-_BLOCK = 256 * 1024
+# Elements of a block: 2 MiB as float32. On one thread, one token and 1024 -> 4096, blocks of
+# 256Ki, 512Ki, 1Mi and 2Mi elements took 0.99, 0.87, 0.89 and 0.92 times float32 weights, whole
+# casts 1.19 and blocks cut by Split 1.5 (BENCHMARKS.md).
+_BLOCK = 512 * 1024
 
 
 def linear(
-    b: GraphBuilder, x: str, weight: str, bias: str, shape: tuple[int, ...], dtype: DType
+    b: GraphBuilder, x: str, weight: str, bias: str | None, shape: tuple[int, ...], dtype: DType
 ) -> str:
     """`x W^T + bias` in float32, for `x` `(rows, in)` and `W` of `shape` `(out, in)`."""
     out, width = shape
-    blocks = 1 if dtype == "f32" else min(out, -(-out * width // _BLOCK))
-    bias = as_float(b, bias, dtype)
-    if blocks == 1:
-        return str(b.op("Gemm", x, as_float(b, weight, dtype), bias, transB=1))
-    sizes = [out // blocks + (n < out % blocks) for n in range(blocks)]
-    parts = b.op("Split", weight, b.const(sizes), outputs=blocks, axis=0)
-    products = [b.op("Gemm", x, as_float(b, part, dtype), transB=1) for part in parts]
-    return str(b.op("Add", b.op("Concat", *products, axis=1), bias))
+    rows = block_rows(out, width)
+    adds = [] if bias is None else [as_float(b, bias, dtype)]
+    if dtype == "f32" or rows == out:
+        return str(b.op("Gemm", x, as_float(b, weight, dtype), *adds, transB=1))
+    blocks = b.op("Reshape", weight, b.const([out // rows, rows, width]))
+    body = b.body()
+    block = body.input(f"{weight}_block", dtype, [rows, width])
+    product = body.op("Gemm", x, body.cast(block, "f32"), transB=1)
+    body.output(product, f"{weight}_product", "f32", ["rows", rows])
+    (stacked,) = b.scan(body, blocks, axis=1)
+    product = b.op("Reshape", stacked, b.const([-1, out]))
+    return str(b.op("Add", product, *adds) if adds else product)
+
+
+def block_rows(out: int, width: int) -> int:
+    """Rows of a block: the most that divide `out` and stay within a block's elements. Pure.
+
+    All rows where no divisor gives blocks of a useful size.
+    """
+    most = max(1, _BLOCK // width)
+    if out <= most:
+        return out
+    rows = next(rows for rows in range(most, 0, -1) if out % rows == 0)
+    return rows if rows * 8 >= most else out
 
 
 def as_float(b: GraphBuilder, value: str, dtype: DType) -> str:
