@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,6 +18,7 @@ from evermind_manifests.manifest import (
     Card,
     Generation,
     Kind,
+    Layer,
     Manifest,
     Parameters,
     Tokenizer,
@@ -200,18 +202,21 @@ def _add_shards(
     options: ExportOptions,
     progress: Progress | None,
 ) -> None:
-    family = FAMILIES[source.family]
-    total = sum(layer.experts for layer in blueprint.layers)
-    done = 0
-    for layer in blueprint.layers:
-        layout = blueprint.kinds[layer.kind].layout
-        for expert in range(layer.experts):
-            names = family.expert_names(layer.layer, expert)
-            arrays = {
-                tensor: _encode(name, source.tensors[name], options)
-                for tensor, name in names.items()
-            }
-            writer.add_shard(layer.layer, expert, encode_shard(layout, layer.layer, expert, arrays))
-            done += 1
+    """Encode each shard on a second thread while the one before it is hashed and written."""
+    experts = [(layer, expert) for layer in blueprint.layers for expert in range(layer.experts)]
+
+    def encode(layer: Layer, expert: int) -> bytes:
+        names = FAMILIES[source.family].expert_names(layer.layer, expert)
+        arrays = {
+            tensor: _encode(name, source.tensors[name], options) for tensor, name in names.items()
+        }
+        return encode_shard(blueprint.kinds[layer.kind].layout, layer.layer, expert, arrays)
+
+    with ThreadPoolExecutor(max_workers=1) as encoder:
+        ahead = [encoder.submit(encode, *key) for key in experts[:1]]
+        for number, (layer, expert) in enumerate(experts, 1):
+            data = ahead.pop().result()
+            ahead += [encoder.submit(encode, *key) for key in experts[number : number + 1]]
+            writer.add_shard(layer.layer, expert, data)
             if progress:
-                progress(done, total)
+                progress(number, len(experts))

@@ -183,6 +183,16 @@ class Staging:
             raise ExportError(f"{place}: a folder and a single file do not replace each other")
 
 
+def start_writeback(fd: int) -> None:
+    """Have the disk begin on what was written, without waiting: the sync at the end is shorter.
+
+    Linux starts the writing when it is told that the pages are not needed; elsewhere it is
+    a hint at most.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _try_lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock, or None if another process holds it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

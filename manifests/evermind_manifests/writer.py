@@ -30,13 +30,14 @@ from .manifest import (
 from .paths import check_file_kind, check_path
 from .problems import raise_errors
 from .shard import align, read_header
-from .staging import Staging
+from .staging import Staging, start_writeback
 from .structure import POOL_ALIGNMENT, check_structure
 from .zip_writer import write_zip
 
 Layout: TypeAlias = Literal["files", "pool"]
 
 POOL_BYTES: Final = 1 << 30
+_WRITEBACK_BYTES: Final = 1 << 20
 
 _ZIP_NAME = "package.zip"
 
@@ -83,10 +84,10 @@ class PackageWriter:
             )
         if self._layout == "files":
             file, offset = f"experts/l{layer:03d}/e{expert:04d}.moe0", 0
-            self._write(file, data)
+            digest = self._write(file, data).sha256
         else:
             file, offset = self._append(data, size)
-        digest = hashlib.sha256(data).hexdigest()
+            digest = hashlib.sha256(data).hexdigest()
         self._shards[layer, expert] = Shard(
             layer=layer, expert=expert, file=file, offset=offset, bytes=size, sha256=digest
         )
@@ -131,13 +132,17 @@ class PackageWriter:
             self._open = False
             self._staging.discard()
 
-    def _write(self, path: str, data: bytes | bytearray | memoryview) -> None:
+    def _write(self, path: str, data: bytes | bytearray | memoryview) -> FileEntry:
         if path in self._files:
             raise ExportError(f"{path}: was added twice")
         entry = FileEntry(bytes=memoryview(data).nbytes, sha256=hashlib.sha256(data).hexdigest())
         with self._staging.disk(entry.bytes), self._create(path) as file:
             file.write(data)
+            if entry.bytes >= _WRITEBACK_BYTES:
+                file.flush()
+                start_writeback(file.fileno())
         self._files[path] = entry
+        return entry
 
     def _create(self, path: str) -> BinaryIO:
         assert self._open, "PackageWriter is used in a `with` statement, and finished once"
@@ -192,9 +197,13 @@ class _Pool:
         self.file = file
         self.position = 0
         self.digest = hashlib.sha256()
+        self._written_back = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.file.write(data)
         self.file.flush()
         self.digest.update(data)
         self.position += memoryview(data).nbytes
+        if self.position - self._written_back >= _WRITEBACK_BYTES:
+            start_writeback(self.file.fileno())
+            self._written_back = self.position
