@@ -79,15 +79,24 @@ def check_graph_interface(manifest: Manifest, path: str, info: GraphInfo) -> Non
 
 
 def _check_kind(place: str, kind: Kind, graphs: Mapping[str, GraphInfo]) -> Iterator[Problem]:
+    tensors: dict[str, GraphValue] = {
+        spec.name: GraphValue(spec.name, spec.dtype, spec.shape) for spec in kind.tensors
+    }
     info = graphs.get(kind.graph)
     if info is not None:
-        tensors: dict[str, GraphValue] = {
-            spec.name: GraphValue(spec.name, spec.dtype, spec.shape) for spec in kind.tensors
-        }
         where = f"{place}.graph ({kind.graph})"
         yield from _check_bound(where, info, {"x", *tensors}, {"y"})
         for name, tensor in tensors.items():
             yield from _check_match(where, name, tensor, info.inputs.get(name))
+    info = graphs.get(kind.graph_statistics or "")
+    if info is not None:
+        where = f"{place}.graph_statistics ({kind.graph_statistics})"
+        yield from _check_bound(where, info, {"x", *tensors}, {"y"})
+        for name, tensor in tensors.items():
+            yield from _check_match(where, name, tensor, info.inputs.get(name))
+        for name, value in info.outputs.items():
+            if name != "y":
+                yield from _check_match(where, name, GraphValue(name, "f32", (None,)), value)
     info = graphs.get(kind.graph_external or "")
     if info is not None and kind.graph_external is not None:
         where = f"{place}.graph_external ({kind.graph_external})"
@@ -197,6 +206,7 @@ class _Program:
             name: GraphValue(name, spec.dtype, spec.shape) for name, spec in plan.state.items()
         }
         self._inputs = 0
+        self._prefill = place == "plan.prefill"
 
     def check(self, steps: Sequence[Step]) -> Iterator[Problem]:
         for number, step in enumerate(steps):
@@ -216,6 +226,25 @@ class _Program:
             expected = GraphValue(name, spec.dtype, spec.shape)
             found = self._board.get(spec.value or name)
             yield from _check_match(f"{self._place}: output", name, expected, found)
+        if self._prefill:
+            yield from self._check_observed()
+
+    def _check_observed(self) -> Iterator[Problem]:
+        for name, spec in self._plan.observations.items():
+            expected = GraphValue(name, spec.dtype, spec.shape)
+            found = self._board.get(spec.value or name)
+            yield from _check_match(f"{self._place}: observation", name, expected, found)
+        for router in self._plan.routers:
+            rows = (None, None)
+            for name, dtype in (
+                (router.ids, "i64"),
+                (router.gates, "f32"),
+                (router.probabilities, "f32"),
+            ):
+                place = f"{self._place}: router of layer {router.layer}"
+                yield from _check_match(
+                    place, name, GraphValue(name, dtype, rows), self._board.get(name)
+                )
 
     def _check_experts(self, place: str, step: ExpertsStep) -> Iterator[Problem]:
         layer = self._layers.get(step.layer)

@@ -13,7 +13,7 @@ import math
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from .errors import ConfigError, ManifestError, UnsupportedError
 from .unique_keys import unique_keys
@@ -36,6 +36,7 @@ PositiveCount: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 # In Python `$` also matches before a final newline, hence the length.
 Sha256: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 PackagePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 DType: TypeAlias = Literal["f32", "f16", "bf16", "f64", "i64", "i32", "u8", "bool"]
 # The cap on the rank keeps the product of a hostile shape small.
@@ -66,12 +67,14 @@ class Kind(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `graph` has the input `x` `(n, d_in)`, one input per tensor, and the output `y`
     `(n, d_out)`. `graph_external` computes the same from `x` alone, with the tensors as
-    external initializers in `expert.bin` at their shard offsets. `bytes` is the length of
-    a whole shard, a multiple of 64.
+    external initializers in `expert.bin` at their shard offsets. `graph_statistics` is
+    `graph` with more outputs, each `(n,)` f32: a statistic of every row, for introspection.
+    `bytes` is the length of a whole shard, a multiple of 64.
     """
 
     graph: PackagePath
     graph_external: PackagePath | None = None
+    graph_statistics: PackagePath | None = None
     tensors: tuple[TensorSpec, ...]
     bytes: Bytes
     scope: Literal["token", "sequence"] = "token"
@@ -103,7 +106,8 @@ class ValueSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
     `default` fills an input the caller leaves out. `limit` is the exclusive upper bound of
     an integer input whose values are indices (token ids below the vocabulary size). `value`
     names the blackboard value an output is taken from, where that is not its own name (an
-    output called like an input).
+    output called like an input). `aliases` are other names a caller may give an input.
+    `finite` asks a runtime to refuse an output that is not: see `StateSpec`.
     """
 
     dtype: DType
@@ -111,25 +115,33 @@ class ValueSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
     default: float | None = None
     limit: PositiveCount | None = None
     value: Name | None = None
+    aliases: tuple[Name, ...] = ()
+    finite: Text | None = None
 
 
 class StateSpec(Struct, frozen=True, kw_only=True):
-    """A value carried from call to call, of fixed shape, filled with `init` at the start."""
+    """A value carried from call to call, of fixed shape, filled with `init` at the start.
+
+    With `finite`, a call that would leave an infinity or NaN in it fails, and the state stays
+    as it was; the text says what usually is the cause.
+    """
 
     dtype: DType
     shape: Shape
     init: float = 0.0
+    finite: Text | UnsetType = UNSET
 
 
-class FusedExperts(Struct, frozen=True, kw_only=True):
+class FusedExperts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Experts unrolled inside a decode graph.
 
     For the token's `ids` `(1, top_k)` the runtime binds the tensors of expert `ids[0, i]`
-    to the graph inputs `expert{i}.{tensor}`.
+    to the graph inputs `expert{i}.{tensor}`. `gates` `(1, top_k)` f32 is for statistics only.
     """
 
     layer: Count
     ids: Name
+    gates: Name | None = None
 
 
 class GraphStep(
@@ -153,7 +165,8 @@ class ExpertsStep(Struct, frozen=True, kw_only=True, tag="experts", tag_field="s
     """`y = sum_i gates[:, i] * Expert[ids[:, i]](x)` for one layer.
 
     `x` `(T, d)`, `ids` `(T, top_k)` i64 and `gates` `(T, top_k)` f32 are blackboard values;
-    `y` `(T, d)` is written. Contributions are added in ascending expert order.
+    `y` `(T, d)` is written. Contributions are added in ascending expert order. An id of -1
+    stands for no expert.
     """
 
     layer: Count
@@ -166,14 +179,38 @@ class ExpertsStep(Struct, frozen=True, kw_only=True, tag="experts", tag_field="s
 Step: TypeAlias = GraphStep | ExpertsStep
 
 
-class Plan(Struct, frozen=True, kw_only=True):
-    """The two programs of a package; both compute the same function of their inputs."""
+class Router(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What introspection reads of one router, as values that prefill produces.
+
+    `ids` `(T, top_k)` i64, best first, `gates` `(T, top_k)` f32, and `probabilities`
+    `(T, experts)` f32. `names` labels the experts. A token's pathway is the labels of its
+    experts, by index, joined with `+`; with every token the strength of its pathway grows by
+    `rate`, then all strengths are multiplied by `decay` (specs/synapse.md, section 2.3).
+    """
+
+    layer: Count
+    ids: Name
+    gates: Name
+    probabilities: Name
+    names: tuple[Name, ...] = ()
+    rate: float = 0.01
+    decay: float = 0.999
+
+
+class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The two programs of a package; both compute the same function of their inputs.
+
+    `observations` are values for introspection, which prefill alone produces; the steps that
+    nothing else depends on run only when they are asked for.
+    """
 
     inputs: dict[Name, ValueSpec]
     outputs: dict[Name, ValueSpec]
     state: dict[Name, StateSpec]
     prefill: tuple[Step, ...]
     decode: tuple[Step, ...]
+    observations: dict[Name, ValueSpec] = {}
+    routers: tuple[Router, ...] = ()
 
 
 class Parameters(Struct, frozen=True, kw_only=True):

@@ -83,6 +83,8 @@ def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield f"kinds[{name!r}].graph", kind.graph
         if kind.graph_external is not None:
             yield f"kinds[{name!r}].graph_external", kind.graph_external
+        if kind.graph_statistics is not None:
+            yield f"kinds[{name!r}].graph_statistics", kind.graph_statistics
     for program, steps in programs(manifest.plan):
         for number, step in enumerate(steps):
             if isinstance(step, GraphStep):
@@ -239,6 +241,14 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
             yield problem("state-too-large", f"plan.state[{name!r}]", f"{size:,} bytes")
     for program, steps in programs(plan):
         yield from _check_program(manifest, program, steps)
+    taken = {*plan.inputs, *plan.state}
+    for name, spec in plan.inputs.items():
+        for alias in spec.aliases:
+            if alias in taken:
+                yield problem("plan-redefined", f"plan.inputs[{name!r}]", f"{alias!r} is taken")
+            taken.add(alias)
+    for name in plan.observations.keys() & plan.outputs.keys():
+        yield problem("plan-redefined", f"plan.observations[{name!r}]", "is an output too")
 
 
 def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> Iterator[Problem]:
@@ -277,6 +287,14 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             )
     wanted = {f"plan.outputs[{name!r}]": spec.value or name for name, spec in plan.outputs.items()}
     wanted |= {f"plan.state[{name!r}]": name for name in plan.state}
+    if program == "prefill":
+        wanted |= {
+            f"plan.observations[{name!r}]": spec.value or name
+            for name, spec in plan.observations.items()
+        }
+        for number, router in enumerate(plan.routers):
+            for name in (router.ids, router.gates, router.probabilities):
+                wanted[f"plan.routers[{number}]: {name}"] = name
     for place, name in wanted.items():
         if name not in produced:
             yield problem("plan-output", place, f"{program} never produces {name!r}")
@@ -285,7 +303,10 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
 def _reads(step: Step) -> list[str]:
     if isinstance(step, ExpertsStep):
         return [step.x, step.ids, step.gates]
-    return [*step.inputs.values(), *([step.experts.ids] if step.experts is not None else [])]
+    experts = step.experts
+    if experts is None:
+        return list(step.inputs.values())
+    return [*step.inputs.values(), experts.ids, *([experts.gates] if experts.gates else [])]
 
 
 def _writes(step: Step) -> list[str]:

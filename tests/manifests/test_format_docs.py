@@ -41,6 +41,7 @@ def test_no_code_is_listed_that_does_not_exist() -> None:
         manifest.GraphStep,
         manifest.ExpertsStep,
         manifest.FusedExperts,
+        manifest.Router,
         manifest.Tokenizer,
         manifest.Generation,
         manifest.Card,
