@@ -3,58 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from evermind_exporters.blueprint import Tensors
-from evermind_exporters.checkpoints import Family
-from torch import Tensor, nn
+from evermind_exporters.family import Arrays
+from evermind_exporters.parity import Reference
+from torch import nn
 
-from .models import MODELS
-from .models.moe_layer import Router, Routes
+from .models import model_type
 from .models.reference import reference
 
-Arrays = dict[str, npt.NDArray[Any]]
+
+@runtime_checkable
+class Routing(Protocol):
+    """A torch module whose output decides routes."""
+
+    def route_margin(self, output: Any) -> float:
+        """By how much its closest decision was decided."""
 
 
-def parity_reference(
-    family: Family,
-) -> Callable[[Mapping[str, Any], Tensors], Callable[[Arrays], Arrays]]:
+def parity_reference(family: str) -> Reference:
     """What `export_package` wants as `reference`: float64 outputs, and the routes' margin."""
 
     def bind(config: Mapping[str, Any], tensors: Tensors) -> Callable[[Arrays], Arrays]:
-        model = MODELS[family].from_tensors(config, tensors).double()
+        model = model_type(family, config).from_tensors(config, tensors).double()
 
         def run(inputs: Arrays) -> Arrays:
-            gaps: list[float] = []
+            margins: list[float] = []
+
+            def record(module: nn.Module, _inputs: Any, output: Any) -> None:
+                assert isinstance(module, Routing)
+                margins.append(module.route_margin(output))
+
+            # The model runs as a copy, which has the hooks too.
             hooks = [
-                module.register_forward_hook(_gap_recorder(gaps))
+                module.register_forward_hook(record)
                 for module in model.modules()
-                if isinstance(module, Router)
+                if isinstance(module, Routing)
             ]
             try:
                 outputs = reference(model, inputs)
             finally:
                 for hook in hooks:
                     hook.remove()
-            return outputs | {"margin": np.array(min(gaps, default=np.inf))}
+            return outputs | {"margin": np.array(min(margins, default=np.inf))}
 
         return run
 
     return bind
-
-
-def _gap_recorder(gaps: list[float]) -> Callable[[nn.Module, Any, Routes], None]:
-    """Notes the smallest difference between logits that decided which experts, and their order."""
-
-    def record(router: nn.Module, _inputs: Any, routes: Routes) -> None:
-        assert isinstance(router, Router)
-        ranked: Tensor = torch.sort(routes.logits, dim=-1, descending=True).values
-        decided = ranked[:, : router.top_k + 1]
-        gaps.append(
-            float((decided[:, :-1] - decided[:, 1:]).min()) if decided.shape[1] > 1 else np.inf
-        )
-
-    return record

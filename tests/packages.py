@@ -10,12 +10,8 @@ from typing import Any
 
 import numpy as np
 from evermind_exporters import ExportOptions, ModelSource, export_package
-from evermind_exporters.checkpoints import (
-    Family,
-    canonical_shapes,
-    read_checkpoint,
-    validate_config,
-)
+from evermind_exporters.checkpoints import Family, read_checkpoint, validate_config
+from evermind_exporters.families import FAMILIES
 
 from evermind_pack.models import initial_tensors
 from evermind_pack.parity import parity_reference
@@ -41,14 +37,14 @@ def golden_source(case: str, *, half: bool = False) -> ModelSource:
 
 
 def random_source(
-    family: Family, config: Mapping[str, Any], seed: int = 0, *, tokenizer: Any = None
+    family: str, config: Mapping[str, Any], seed: int = 0, *, tokenizer: Any = None
 ) -> ModelSource:
     """A model whose every parameter matters: nothing is zero, norms are near one."""
-    resolved = validate_config(family, config)
+    resolved = FAMILIES[family].resolve(config, {})
     rng = np.random.default_rng(seed)
     tensors = {
         name: (rng.normal(size=shape) * 0.3 + ("norm" in name)).astype(np.float32)
-        for name, shape in canonical_shapes(family, resolved).items()
+        for name, shape in FAMILIES[family].shapes(resolved).items()
     }
     return ModelSource(family, resolved, tensors, "random", tokenizer)
 

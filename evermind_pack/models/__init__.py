@@ -1,4 +1,4 @@
-"""The Evermind model families in torch, one module each, with the peer's initial weights.
+"""The model families in torch, one file each.
 
 Source of every formula and shape: specs/evermind-formats.md. All models run in float32 and,
 after `.double()`, in float64.
@@ -6,7 +6,8 @@ after `.double()`, in float64.
 
 from __future__ import annotations
 
-from evermind_exporters.checkpoints import Family
+from collections.abc import Mapping
+from typing import Any
 
 from .base import FamilyModel
 from .evermind_lm import EvermindLM, LmOutput
@@ -29,9 +30,17 @@ __all__ = [
     "SharedExpertMoE",
     "generate",
     "initial_tensors",
+    "model_type",
     "reference",
 ]
 
-MODELS: dict[Family, type[FamilyModel]] = {
+# Per family its model, or, where modules pack on their own, one model per module.
+MODELS: dict[str, type[FamilyModel] | Mapping[str, type[FamilyModel]]] = {
     model.family: model for model in (SharedExpertMoE, EvermindLM, LimbicModel)
 }
+
+
+def model_type(family: str, config: Mapping[str, Any]) -> type[FamilyModel]:
+    """The class whose model a resolved `config` of `family` describes."""
+    found = MODELS[family]
+    return found if isinstance(found, type) else found[config["module"]]

@@ -8,34 +8,37 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from evermind_exporters.checkpoints import Family, canonical_shapes, validate_config
-from evermind_manifests.errors import CheckpointError
-from torch import nn
+from evermind_exporters.checkpoints import Family
+from evermind_exporters.families import FAMILIES
+from evermind_manifests.errors import CheckpointError, InputError
+from torch import Tensor, nn
 
 from .initial import initial_tensors
 
+Array = npt.NDArray[Any]
+
 
 class FamilyModel(nn.Module):
-    """A model whose `state_dict` has exactly its family's canonical names and shapes.
+    """A model whose `state_dict` has exactly its family's names and shapes.
 
-    A subclass builds its modules in `_build`, in canonical order and without drawing
-    anything: weights come from the peer's generator or from a checkpoint.
+    A subclass builds its modules in `_build`, in the state dict's order and without drawing
+    anything: weights come from `initial` or from a checkpoint. `inputs` names the arrays
+    `run` takes, as a package's plan does.
     """
 
-    family: ClassVar[Family]
+    family: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]]
     config: dict[str, Any]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """A fresh model; raises `ConfigError` for a configuration that cannot be."""
         super().__init__()
         self._prepare(config)
-        self._fill(initial_tensors(self.family, self.config))
+        self._fill(self.initial(self.config))
 
     @classmethod
-    def from_tensors(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]]
-    ) -> Self:
-        """A model with the given float arrays (copied) under canonical names or their aliases.
+    def from_tensors(cls, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Self:
+        """A model with the given float arrays (copied) under the family's names or their aliases.
 
         Raises `ConfigError`, or `CheckpointError` naming what is missing, unknown or misshapen.
         """
@@ -45,25 +48,56 @@ class FamilyModel(nn.Module):
         model._fill(tensors)
         return model
 
+    @classmethod
+    def initial(cls, config: Mapping[str, Any]) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Every tensor of a fresh model; `config` is resolved, its `seed` decides the draws."""
+        raise NotImplementedError
+
+    def run(self, *inputs: Array) -> dict[str, Tensor]:
+        """What a package computes from `inputs`, by the plan's names; in the model's dtype.
+
+        Raises `InputError` for shapes or values the model does not take.
+        """
+        raise NotImplementedError
+
     def to_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         """Copies of all tensors, float32, in canonical order."""
         state = self.state_dict()
         return {
             name: state[name].detach().to("cpu", torch.float32).numpy().copy()
-            for name in canonical_shapes(self.family, self.config)
+            for name in FAMILIES[self.family].shapes(self.config)
         }
 
     def _build(self) -> None:
         raise NotImplementedError
 
     def _prepare(self, config: Mapping[str, Any]) -> None:
-        self.config = validate_config(self.family, config)
+        self.config = FAMILIES[self.family].resolve(config, {})
         self._build()
 
-    def _fill(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    def _fill(self, tensors: Mapping[str, Array]) -> None:
         # Copied: a checkpoint's arrays may be read-only views of its file.
         state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(f"{self.family} tensors: {error}") from error
+
+
+class EvermindModel(FamilyModel):
+    """A model of the peer's, with its initial weights."""
+
+    family: ClassVar[Family]
+
+    @classmethod
+    def initial(cls, config: Mapping[str, Any]) -> Mapping[str, npt.NDArray[np.float32]]:
+        """See `FamilyModel.initial`."""
+        return initial_tensors(cls.family, config)
+
+
+def rows(name: str, array: Array, width: int) -> Tensor:
+    """`array` `(N, width)` in float64, as a package gets it. Raises `InputError`."""
+    if array.ndim != 2 or array.shape[1] != width:
+        raise InputError(f"{name}: expected shape (N, {width}), found {array.shape}")
+    # Rounded to float32 first: that is what a package is given.
+    return torch.from_numpy(array.astype(np.float32).astype(np.float64))

@@ -13,7 +13,7 @@ from evermind_exporters.checkpoints import canonical_shapes
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .base import FamilyModel
+from .base import Array, EvermindModel, rows
 
 
 class LimbicOutput(NamedTuple):
@@ -24,13 +24,14 @@ class LimbicOutput(NamedTuple):
     reward: Tensor
 
 
-class LimbicModel(FamilyModel):
+class LimbicModel(EvermindModel):
     """One step for N independent rows; the caller integrates and clamps the state.
 
     `config`: `inputDim`, `hiddenDim`, `stateDim`, `rewardWeight`, optional `seed`.
     """
 
     family = "limbic"
+    inputs = ("x", "hidden", "state")
 
     def _build(self) -> None:
         for name, shape in canonical_shapes(self.family, self.config).items():
@@ -45,3 +46,9 @@ class LimbicModel(FamilyModel):
         delta = torch.tanh(linear(hidden, wout_state, bout_state))
         reward = hidden @ wout_reward + bout_reward
         return LimbicOutput(hidden, delta, reward)
+
+    def run(self, *inputs: Array) -> dict[str, Tensor]:
+        """`x` (N, I), `hidden` (N, H), `state` (N, S) → `hidden`, `delta`, `reward` (N,)."""
+        widths = (self.config[name] for name in ("inputDim", "hiddenDim", "stateDim"))
+        out: LimbicOutput = self(*map(rows, self.inputs, inputs, widths))
+        return {"hidden": out.hidden, "delta": out.delta, "reward": out.reward}

@@ -8,6 +8,7 @@ Source: specs/evermind-formats.md, section 4.3.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,17 @@ class Router(nn.Module):
         logits = exact.to(x.dtype)
         gates = torch.softmax(logits.gather(-1, experts), dim=-1)
         return Routes(experts, gates, torch.softmax(logits, dim=-1), logits)
+
+    def route_margin(self, routes: Routes) -> float:
+        """The smallest gap between logits that decided which experts, and their order."""
+        return smallest_gap(routes.logits, self.top_k)
+
+
+def smallest_gap(scores: Tensor, top_k: int) -> float:
+    """The least difference between neighbours of the best `top_k` + 1 `scores` (N, E) of a row."""
+    ranked = torch.sort(scores, dim=-1, descending=True).values[:, : top_k + 1]
+    gaps = ranked[:, :-1] - ranked[:, 1:]
+    return float(gaps.min()) if gaps.numel() else math.inf
 
 
 class Ffn(nn.Module):

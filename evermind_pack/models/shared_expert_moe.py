@@ -11,20 +11,21 @@ from typing import Any
 from evermind_exporters.checkpoints import dim_names
 from torch import Tensor
 
-from .base import FamilyModel
+from .base import Array, EvermindModel, rows
 from .moe_layer import Experts, Ffn, MoeOutput, Router, apply_moe
 
 # The peer's names for what packages and language models call router and experts.
 _ALIAS = re.compile(r"^(?:wr$|expert(?P<index>\d+)\.)")
 
 
-class SharedExpertMoE(FamilyModel):
+class SharedExpertMoE(EvermindModel):
     """`x` (N, D) → `MoeOutput`: a shared expert plus the k best of E routed ones.
 
     `config`: `modelDim`, `hiddenDim`, `numExperts`, `topK`, optional `seed`.
     """
 
     family = "shared-expert-moe"
+    inputs = ("x",)
 
     def _build(self) -> None:
         width, hidden, experts, top_k = (self.config[name] for name in dim_names(self.family))
@@ -35,6 +36,11 @@ class SharedExpertMoE(FamilyModel):
     def forward(self, x: Tensor) -> MoeOutput:
         """`x` (N, D) → `MoeOutput`."""
         return apply_moe(self.router, self.shared, self.experts, x)
+
+    def run(self, *inputs: Array) -> dict[str, Tensor]:
+        """`x` (T, D) → `y` (T, D), `ids.0` and `gates.0` (T, K)."""
+        out: MoeOutput = self(rows("x", inputs[0], self.config["modelDim"]))
+        return {"y": out.y, "ids.0": out.experts, "gates.0": out.gates}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         for key in list(state_dict):

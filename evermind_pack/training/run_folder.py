@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from evermind_exporters.checkpoints import FAMILIES
 from evermind_manifests.errors import (
     CheckpointError,
     ConfigError,
@@ -32,7 +31,7 @@ from evermind_manifests.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..models import MODELS, FamilyModel
+from ..models import FamilyModel, model_type
 from .limbic_trainer import LimbicTrainer, LimbicTrainerOptions
 from .lm_trainer import LmTrainer, LmTrainerOptions
 from .moe_trainer import MoeTrainer, MoeTrainerOptions
@@ -137,7 +136,7 @@ class RunFolder:
         folder = self.latest()
         config = _read_json(self.path / CONFIG)
         family = config.pop("family", None)
-        if family not in FAMILIES:
+        if family not in _TRAINERS:
             raise CheckpointError(f"{self.path / CONFIG}: family: found {family!r}")
         record = _read_json(folder / TRAINER)
         try:
@@ -149,7 +148,7 @@ class RunFolder:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: damaged checkpoint: {error}") from error
         arrays = {name: tensor.numpy() for name, tensor in model_tensors.items()}
-        trainer = trainer_type(MODELS[family].from_tensors(config, arrays), options)
+        trainer = trainer_type(model_type(family, config).from_tensors(config, arrays), options)
         trainer.restore(step, moments)
         return trainer
 
@@ -222,7 +221,7 @@ def _begins_run(path: Path) -> bool:
 
 def _is_config(path: Path) -> bool:
     try:
-        return _read_json(path).get("family") in FAMILIES
+        return _read_json(path).get("family") in _TRAINERS
     except CheckpointError:
         return False
 

@@ -131,7 +131,8 @@ def package_checkpoint(package: Package) -> Checkpoint:
     for layer in manifest.layers:
         for expert in range(layer.experts):
             contents = package.read_shard(layer.layer, expert)
-            for tensor, name in EXPORTERS[family].expert_names(layer.layer, expert).items():
+            names = EXPORTERS[family].expert_names(config, layer.layer, expert)
+            for tensor, name in names.items():
                 tensors[name] = contents.array(tensor)
     ordered = in_order(tensors, canonical_shapes(family, config), package.location)
     return Checkpoint(family, config, ordered, _stored_half(manifest))

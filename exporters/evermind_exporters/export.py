@@ -16,6 +16,7 @@ from evermind_manifests.manifest import (
     RESIDENT_NAME,
     SCHEMA,
     Card,
+    DType,
     Generation,
     Kind,
     Layer,
@@ -23,12 +24,12 @@ from evermind_manifests.manifest import (
     Parameters,
     Tokenizer,
 )
-from evermind_manifests.shard import encode_shard
+from evermind_manifests.shard import ShardLayout, encode_shard
 from evermind_manifests.writer import PackageWriter
 
-from .blueprint import Blueprint, FamilyExporter, FloatArray
-from .checkpoints import parameter_count
+from .blueprint import Blueprint, FloatArray
 from .families import FAMILIES
+from .family import Arrays, ModelFamily
 from .parity import PARITY_NAME, Reference, parity_file
 from .peer_tokenizer import TOKENIZER_NAME
 from .resident import pack_resident
@@ -101,10 +102,7 @@ def draft_package(
 ) -> Draft:
     """Build the graphs and pack the resident weights; of the experts only the layout is used."""
     family = FAMILIES[source.family]
-    stored = StoredTensors(source, family, options)
-    resident, index = pack_resident(
-        {name: stored[name] for name in family.resident_names(source.config)}
-    )
+    resident, index = pack_resident(_resident(source, family, options))
     blueprint = family.build(source.config, index, options.dtype)
     files = {**source.attachments, **blueprint.graphs, RESIDENT_NAME: resident}
     kinds = _kinds(blueprint, files)
@@ -115,6 +113,7 @@ def draft_package(
         files[TOKENIZER_NAME] = source.tokenizer
         tokenizer = Tokenizer(kind="tokenizers", file=TOKENIZER_NAME)
     if reference is not None:
+        stored = StoredTensors(source, family, blueprint, options)
         files[PARITY_NAME] = parity_file(family, source.config, stored, reference)
     card = merge_cards(source.card, options.card)
     manifest = Manifest(
@@ -124,7 +123,7 @@ def draft_package(
         family=family.name,
         config=source.config,
         parameters=Parameters(
-            total=parameter_count(family.name, source.config),
+            total=family.parameter_count(source.config),
             active=blueprint.active_parameters,
         ),
         files={},
@@ -149,19 +148,32 @@ def merge_cards(below: Card, above: Card) -> Card:
 
 
 class StoredTensors(Mapping[str, FloatArray]):
-    """The model's weights as a reader of the package sees them: rounded, then float32 again."""
+    """The model's weights as a reader of the package sees them: rounded, then float32 again.
 
-    def __init__(self, source: ModelSource, family: FamilyExporter, options: ExportOptions) -> None:
+    What shards hold no copy of is as in the model: resident, or packed by the family.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        family: ModelFamily,
+        blueprint: Blueprint,
+        options: ExportOptions,
+    ) -> None:
         self._source = source.tensors
-        self._resident = frozenset(family.resident_names(source.config))
         self._options = options
+        self._dtypes: dict[str, DType] = {}
+        for layer in blueprint.layers:
+            layout = {spec.name: spec.dtype for spec in blueprint.kinds[layer.kind].layout.tensors}
+            for expert in range(layer.experts):
+                names = family.expert_names(source.config, layer.layer, expert)
+                self._dtypes |= {name: layout[tensor] for tensor, name in names.items()}
 
     def __getitem__(self, name: str) -> FloatArray:
         array = self._source[name]
-        if name in self._resident and self._options.rounding != "truncate":
-            return array
-        stored = _encode(name, array, self._options)
-        return dtypes.decode(stored.data, self._options.dtype, array.shape)
+        dtype = self._dtypes.get(name, "f32")
+        stored = _stored(name, array, dtype, self._options)
+        return dtypes.decode(stored, dtype, array.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source)
@@ -170,9 +182,54 @@ class StoredTensors(Mapping[str, FloatArray]):
         return len(self._source)
 
 
-def _encode(name: str, array: FloatArray, options: ExportOptions) -> np.ndarray[Any, Any]:
+class _ShardTensors(Mapping[str, np.ndarray[Any, Any]]):
+    """One expert's tensors in storage dtype, each made when it is asked for."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        layout: ShardLayout,
+        names: Mapping[str, str],
+        computed: Arrays,
+        options: ExportOptions,
+    ) -> None:
+        self._source = source.tensors
+        self._dtypes = {spec.name: spec.dtype for spec in layout.tensors}
+        self._names = names
+        self._computed = computed
+        self._options = options
+
+    def __getitem__(self, tensor: str) -> np.ndarray[Any, Any]:
+        name = self._names.get(tensor, tensor)
+        array = self._computed[tensor] if tensor in self._computed else self._source[name]
+        return _stored(name, array, self._dtypes[tensor], self._options)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._names, *self._computed])
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._computed)
+
+
+def _resident(source: ModelSource, family: ModelFamily, options: ExportOptions) -> Arrays:
+    tensors: Arrays = {name: source.tensors[name] for name in family.resident_names(source.config)}
+    tensors |= family.computed_resident(source.config, source.tensors)
+    return {
+        name: _stored(name, array, "f32", options) if array.dtype == np.float32 else array
+        for name, array in tensors.items()
+    }
+
+
+def _stored(
+    name: str, array: np.ndarray[Any, Any], dtype: DType, options: ExportOptions
+) -> np.ndarray[Any, Any]:
+    """`array` in storage dtype; what is not float32 is in it already."""
+    if array.dtype != np.float32:
+        return array
     try:
-        return dtypes.encode(array, options.dtype, options.rounding)
+        if options.rounding == "truncate" and dtype == "f32":
+            return dtypes.decode(dtypes.encode(array, "f16", "truncate").data, "f16", array.shape)
+        return dtypes.encode(array, dtype, options.rounding)
     except ExportError as error:
         raise ExportError(
             f"{name}: {error.message}", hint="Export with --dtype bf16 or --dtype f32 instead."
@@ -186,11 +243,17 @@ def _kinds(blueprint: Blueprint, files: dict[str, bytes]) -> dict[str, Kind]:
         graph, external = f"graphs/expert_{name}.onnx", f"graphs/expert_{name}_external.onnx"
         files[graph] = kind.graph
         files[external] = kind.graph_external
+        statistics = None
+        if kind.graph_statistics is not None:
+            statistics = f"graphs/expert_{name}_statistics.onnx"
+            files[statistics] = kind.graph_statistics
         kinds[name] = Kind(
             graph=graph,
             graph_external=external,
+            graph_statistics=statistics,
             tensors=kind.layout.tensors,
             bytes=kind.layout.bytes,
+            scope=kind.scope,
         )
     return kinds
 
@@ -203,14 +266,15 @@ def _add_shards(
     progress: Progress | None,
 ) -> None:
     """Encode each shard on a second thread while the one before it is hashed and written."""
+    family = FAMILIES[source.family]
     experts = [(layer, expert) for layer in blueprint.layers for expert in range(layer.experts)]
 
-    def encode(layer: Layer, expert: int) -> bytes:
-        names = FAMILIES[source.family].expert_names(layer.layer, expert)
-        arrays = {
-            tensor: _encode(name, source.tensors[name], options) for tensor, name in names.items()
-        }
-        return encode_shard(blueprint.kinds[layer.kind].layout, layer.layer, expert, arrays)
+    def encode(layer: Layer, expert: int) -> bytearray:
+        layout, place = blueprint.kinds[layer.kind].layout, (layer.layer, expert)
+        names = family.expert_names(source.config, *place)
+        computed = family.computed_shard(source.config, source.tensors, *place)
+        arrays = _ShardTensors(source, layout, names, computed, options)
+        return encode_shard(layout, *place, arrays)
 
     with ThreadPoolExecutor(max_workers=1) as encoder:
         ahead = [encoder.submit(encode, *key) for key in experts[:1]]

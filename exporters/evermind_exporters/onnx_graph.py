@@ -2,32 +2,38 @@
 
 Graphs are weightless. A weight is either a graph input (an expert's tensors) or an
 initializer whose data lies in another file of the package (`ExternalTensor`).
+
+onnx is imported when the first graph is built: whoever asks a family for its configuration
+or shapes only (the models, training) does without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from evermind_manifests.manifest import DType
+
+if TYPE_CHECKING:
+    import onnx
 
 # RMSNormalization stands in the standard from opset 23; ONNX Runtime 1.23 and later run it.
 OPSET = 23
 IR_VERSION = 11
 
+# TensorProto.DataType, onnx.proto.
 ONNX_DTYPES: dict[DType, int] = {
-    "f32": onnx.TensorProto.FLOAT,
-    "f16": onnx.TensorProto.FLOAT16,
-    "bf16": onnx.TensorProto.BFLOAT16,
-    "f64": onnx.TensorProto.DOUBLE,
-    "i64": onnx.TensorProto.INT64,
-    "i32": onnx.TensorProto.INT32,
-    "u8": onnx.TensorProto.UINT8,
-    "bool": onnx.TensorProto.BOOL,
+    "f32": 1,
+    "u8": 2,
+    "i32": 6,
+    "i64": 7,
+    "bool": 9,
+    "f16": 10,
+    "f64": 11,
+    "bf16": 16,
 }
 
 
@@ -60,18 +66,24 @@ class GraphBuilder:
 
     def input(self, name: str, dtype: DType, dims: Sequence[int | str]) -> str:
         """Declare a graph input; returns its name."""
+        import onnx
+
         info = onnx.helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(dims))
         self._inputs.append(info)
         return name
 
     def output(self, value: str, name: str, dtype: DType, dims: Sequence[int | str]) -> None:
         """Declare `value` as the graph output `name`."""
+        import onnx
+
         self._nodes.append(onnx.helper.make_node("Identity", [value], [name]))
         info = onnx.helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(dims))
         self._outputs.append(info)
 
     def weight(self, name: str) -> str:
         """Use the external tensor `name`; returns its name."""
+        import onnx
+
         if self._outer:
             return self._outer.weight(name)
         if name not in self._initializers:
@@ -87,6 +99,8 @@ class GraphBuilder:
 
     def const(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
         """A small constant stored in the graph; equal constants are stored once."""
+        import onnx
+
         if self._outer:
             return self._outer.const(value, dtype)
         array = np.asarray(value, dtype=dtype)
@@ -97,6 +111,8 @@ class GraphBuilder:
 
     def op(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Add one node; returns its output name, or a tuple of them when `outputs` > 1."""
+        import onnx
+
         self._counter += 1
         # A name of the graph around may be used in here, so none may be given twice.
         prefix = f"{self._name}." if self._outer else ""
@@ -137,6 +153,8 @@ class GraphBuilder:
         return result if isinstance(result, tuple) else (result,)
 
     def _graph(self) -> onnx.GraphProto:
+        import onnx
+
         return onnx.helper.make_graph(
             self._nodes,
             self._name,
@@ -147,6 +165,8 @@ class GraphBuilder:
 
     def build(self) -> bytes:
         """The checked model as deterministic protobuf bytes."""
+        import onnx
+
         graph = self._graph()
         model = onnx.helper.make_model(
             graph,

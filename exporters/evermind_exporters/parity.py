@@ -10,24 +10,21 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .blueprint import FamilyExporter, Tensors
+from .blueprint import Tensors
+from .family import Arrays, ModelFamily
 
-Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 # Given a configuration and the weights as stored, a function from inputs to outputs. The
 # outputs may hold `margin`: the smallest gap that decided a route.
 Reference: TypeAlias = Callable[[Mapping[str, Any], Tensors], Callable[[Arrays], Arrays]]
 
 PARITY_NAME = "parity.json"
-# Relative to an output's largest magnitude. Float32 graphs agree with a float64 reference
-# to about 3e-7 (specs/evermind-formats.md, section 17.1); kernels differ between machines.
-TOLERANCE = 1e-5
 # A route decided by less than this may turn out otherwise in float32.
 _MIN_MARGIN = 1e-5
 _SEEDS = range(1, 17)
 
 
 def parity_file(
-    family: FamilyExporter, config: Mapping[str, Any], tensors: Tensors, reference: Reference
+    family: ModelFamily, config: Mapping[str, Any], tensors: Tensors, reference: Reference
 ) -> bytes:
     """The file's bytes for one case; the first seed whose routes are clear is taken."""
     run = reference(config, tensors)
@@ -45,7 +42,7 @@ def parity_file(
     case = {
         "inputs": {name: _encode(array) for name, array in inputs.items()},
         "outputs": {name: _encode(array) for name, array in outputs.items()},
-        "tolerance": TOLERANCE,
+        "tolerance": family.parity_tolerance,
     }
     return json.dumps({"cases": [case]}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 

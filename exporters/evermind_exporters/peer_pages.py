@@ -76,7 +76,8 @@ class PeerStore(Store):
         for layer in draft.blueprint.layers:
             layout = draft.blueprint.kinds[layer.kind].layout
             for expert in range(layer.experts):
-                first = family.expert_names(layer.layer, expert)[layout.tensors[0].name]
+                names = family.expert_names(source.config, layer.layer, expert)
+                first = names[layout.tensors[0].name]
                 shard = self._add_shard(layout, layer.layer, expert, self._file.offset(first))
                 files[shard.file] = FileEntry(bytes=shard.bytes, sha256=shard.sha256)
                 shards.append(shard)

@@ -6,7 +6,7 @@ Detected by content. Tensors stay on disk until they are asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,9 +20,9 @@ from evermind_manifests.manifest import Card
 from safetensors import SafetensorError, safe_open
 
 from .blueprint import FloatArray, Tensors
-from .checkpoints import Family, canonical_shapes, family_of, validate_config
 from .checkpoints.peer_file import PeerFile, is_peer_file
 from .families import FAMILIES
+from .family import ModelFamily, Shape
 from .peer_attachments import attachments
 from .peer_bundle import MODEL_TYPE, bundle_config
 from .peer_tokenizer import TOKENIZER_NAME, VOCAB_NAME, read_peer_tokenizer
@@ -43,7 +43,7 @@ class ModelSource:
     say otherwise; `attachments` are files the package gets as they are, by path.
     """
 
-    family: Family
+    family: str
     config: dict[str, Any]
     tensors: Tensors
     name: str
@@ -60,7 +60,7 @@ def read_source(path: Path) -> ModelSource:
     `path` is a folder with `config.json` and `model.safetensors` or one other `.safetensors`
     file (a training run, or the peer's Hugging Face bundle), a `.safetensors` file beside its
     `config.json`, or a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file. A `config.json`
-    without `family` is taken for the family that the tensors' names tell. Raises
+    without `family` is taken for the family that the tensors tell. Raises
     `LocationError` where nothing is, `CheckpointError` for anything that is not one of these,
     or is damaged.
     """
@@ -125,21 +125,18 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     if raw.get("model_type") == MODEL_TYPE and "family" not in raw:
         return _read_bundle(weights, folder, raw)
     tensors = SafetensorsFile(weights)
-    family = raw.pop("family") if "family" in raw else _tell_family(tensors, weights, where)
-    if family not in FAMILIES:
-        raise CheckpointError(
-            f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found {family!r}"
-        )
+    family = _family(raw.pop("family", None), tensors.shapes(), weights, where)
+    tensors.rename(family.canonical_name)
     vocabulary = raw.pop("vocabulary", None)
-    config = validate_config(family, raw)
-    tensors.check(canonical_shapes(family, config))
+    config = family.resolve(raw, tensors.shapes())
+    tensors.check(family.shapes(config))
     tokenizer: bytes | Literal["bytes"] | None = None
     if (folder / TOKENIZER_NAME).is_file():
         tokenizer = (folder / TOKENIZER_NAME).read_bytes()
     elif vocabulary == "bytes":
         tokenizer = "bytes"
     return ModelSource(
-        family,
+        family.name,
         config,
         tensors,
         folder.resolve().name,
@@ -148,17 +145,24 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     )
 
 
-def _tell_family(tensors: SafetensorsFile, weights: Path, where: Path) -> Family:
-    family = family_of(tensors)
-    if family is None:
-        names = sorted(tensors)
+def _family(name: Any, found: Mapping[str, Shape], weights: Path, where: Path) -> ModelFamily:
+    """The family config.json names, or the one whose tensors these are."""
+    expected = f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found"
+    if name is not None:
+        if name not in FAMILIES:
+            raise CheckpointError(f"{expected} {name!r}")
+        return FAMILIES[name]
+    told = [family for family in FAMILIES.values() if family.recognises(found)]
+    if len(told) != 1:
+        names = sorted(found)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CheckpointError(
-            f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found none, and"
-            f" {weights.name} has the tensors of none or several: {', '.join(names[:5])}{more}",
+            f"{expected} none, and {weights.name} has the tensors of "
+            f"{' and '.join(family.name for family in told) or 'none'}: "
+            f"{', '.join(names[:5])}{more}",
             hint=f'Add "family" to {CONFIG_NAME}.',
         )
-    return family
+    return told[0]
 
 
 def _training_summary(folder: Path) -> str | None:
@@ -180,7 +184,7 @@ def _read_bundle(weights: Path, folder: Path, raw: dict[str, Any]) -> ModelSourc
     """The peer's Hugging Face bundle: a language model."""
     tensors = SafetensorsFile(weights)
     config = bundle_config(raw, tensors.shapes(), str(folder / CONFIG_NAME))
-    tensors.check(canonical_shapes("evermind-lm", config))
+    tensors.check(FAMILIES["evermind-lm"].shapes(config))
     tokenizer = None
     if (folder / TOKENIZER_NAME).is_file() or (folder / VOCAB_NAME).is_file():
         tokenizer = read_peer_tokenizer(folder)
@@ -212,7 +216,7 @@ class SafetensorsFile(Mapping[str, FloatArray]):
         try:
             # The library is not typed.
             self._file = cast(Any, safe_open(path, framework="numpy"))
-            self._names = {_canonical_name(name): name for name in self._file.keys()}  # noqa: SIM118
+            self._names: dict[str, str] = {name: name for name in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
 
@@ -226,14 +230,31 @@ class SafetensorsFile(Mapping[str, FloatArray]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def rename(self, canonical: Callable[[str], str | None]) -> None:
+        """Go by other names, and drop what has none.
+
+        Raises `CheckpointError` if two tensors would get the same one.
+        """
+        names: dict[str, str] = {}
+        for name, stored in self._names.items():
+            renamed = canonical(name)
+            if renamed is None:
+                continue
+            if renamed in names:
+                raise CheckpointError(
+                    f"{self._path}: {names[renamed]} and {stored} are the same tensor"
+                )
+            names[renamed] = stored
+        self._names = names
+
+    def shapes(self) -> dict[str, Shape]:
         """The shape of every tensor."""
         return {
             name: tuple(self._file.get_slice(stored).get_shape())
             for name, stored in self._names.items()
         }
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, shapes: Mapping[str, Shape]) -> None:
         """Raise `CheckpointError` unless the file holds exactly these tensors, as floats."""
         problems = [f"{name}: missing" for name in shapes if name not in self._names]
         problems += [f"{name}: not part of the model" for name in self._names if name not in shapes]
@@ -248,13 +269,3 @@ class SafetensorsFile(Mapping[str, FloatArray]):
             more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
             listed = "\n  ".join(sorted(problems)[:5])
             raise CheckpointError(f"{self._path}: does not match {CONFIG_NAME}:\n  {listed}{more}")
-
-
-def _canonical_name(name: str) -> str:
-    """The peer calls a lone layer's tensors `wr` and `expert{e}.w1`."""
-    if name == "wr":
-        return "router.weight"
-    head, _, tail = name.partition(".")
-    if head.startswith("expert") and head[6:].isdigit():
-        return f"experts.{head[6:]}.{tail}"
-    return name

@@ -110,9 +110,10 @@ def plan_shard(
 
 def encode_shard(
     layout: ShardLayout, layer: int, expert: int, arrays: Mapping[str, npt.NDArray[Any]]
-) -> bytes:
+) -> bytearray:
     """The bytes of one shard; `arrays` are in storage dtype (`dtypes.encode`) and shape.
 
+    Each array is asked for once, in the layout's order: a lazy mapping need not hold them all.
     Raises `ExportError` for a missing or surplus array, a wrong dtype or a wrong shape.
     """
     place = f"layer {layer} expert {expert}"
@@ -120,8 +121,8 @@ def encode_shard(
     if set(arrays) != expected:
         raise ExportError(f"{place}: expected tensors {sorted(expected)}, found {sorted(arrays)}")
     header = encode_header(layout, layer, expert)
-    parts: list[Buffer] = [header]
-    position = len(header)
+    shard = bytearray(layout.bytes)
+    shard[: len(header)] = header
     for spec in layout.tensors:
         array = arrays[spec.name]
         if array.dtype != STORAGE[spec.dtype] or array.shape != spec.shape:
@@ -129,11 +130,9 @@ def encode_shard(
                 f"{place}: tensor {spec.name}: expected {spec.dtype} {list(spec.shape)},"
                 f" found {array.dtype} {list(array.shape)}"
             )
-        parts.append(bytes(spec.offset - position))
-        parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        position = spec.offset + spec.bytes
-    parts.append(bytes(layout.bytes - position))
-    return b"".join(parts)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        shard[spec.offset : spec.offset + spec.bytes] = data
+    return shard
 
 
 def encode_header(layout: ShardLayout, layer: int, expert: int) -> bytes:

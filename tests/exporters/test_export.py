@@ -234,7 +234,9 @@ def test_the_family_is_told_by_the_tensors(tmp_path: Path, case: str) -> None:
         read_source(folder)
 
 
-@pytest.mark.parametrize("names", [["x"], ["router.weight", "token_embedding.weight"], []])
+@pytest.mark.parametrize(
+    "names", [["x"], ["router.weight", "shared.w1", "token_embedding.weight"], []]
+)
 def test_a_family_that_the_tensors_do_not_tell(tmp_path: Path, names: list[str]) -> None:
     tensors = {name: np.zeros(1, np.float32) for name in names}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from evermind_exporters.families.linear import block_rows, linear
+from evermind_exporters.families.linear import Weight, block_rows, linear
 from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_runtime import onnx_runtime
 from hypothesis import given
@@ -25,9 +25,11 @@ def test_blocks_are_alike_and_bounded(out: int, width: int) -> None:
 def test_blocks_equal_one_product(shape: tuple[int, int], tokens: int, with_bias: bool) -> None:
     b = GraphBuilder("layer")
     x = b.input("x", "f32", ["tokens", shape[1]])
-    weight = b.input("w", "f16", shape)
-    bias = b.input("b", "f16", [shape[0]]) if with_bias else None
-    b.output(linear(b, x, weight, bias, shape, "f16"), "y", "f32", ["tokens", shape[0]])
+    weight = Weight(b.input("w", "f16", shape), "f16", shape)
+    bias = None
+    if with_bias:
+        bias = Weight(b.input("b", "f16", shape[:1]), "f16", shape[:1])
+    b.output(linear(b, x, weight, bias), "y", "f32", ["tokens", shape[0]])
     onnx_runtime.start()
     session = onnx_runtime.require().InferenceSession(b.build(), onnx_runtime.session_options())
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ exporters all ask here. Source: specs/evermind-formats.md, sections 4.1, 4.2, 7.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from evermind_manifests.errors import ConfigError
@@ -41,8 +41,8 @@ _DIMS: dict[Family, dict[str, int | None]] = {
 }
 
 # Tensors of every model of a family, and of no other family's.
-_MARKS: dict[Family, frozenset[str]] = {
-    "shared-expert-moe": frozenset({"router.weight"}),
+MARKS: dict[Family, frozenset[str]] = {
+    "shared-expert-moe": frozenset({"router.weight", "shared.w1"}),
     "evermind-lm": frozenset({"token_embedding.weight"}),
     "limbic": frozenset({"win", "aLogit"}),
 }
@@ -51,12 +51,6 @@ _MARKS: dict[Family, frozenset[str]] = {
 def dim_names(family: Family) -> tuple[str, ...]:
     """The dimension keys of a family's configuration, in the order its checkpoint stores them."""
     return tuple(_DIMS[family])
-
-
-def family_of(names: Collection[str]) -> Family | None:
-    """The one family that has these tensors, by their canonical names; None if none or several."""
-    found = [family for family, marks in _MARKS.items() if marks <= set(names)]
-    return found[0] if len(found) == 1 else None
 
 
 def validate_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..blueprint import FamilyExporter
+from ..family import ModelFamily
 from . import evermind_lm, limbic, shared_expert_moe
 
-FAMILIES: dict[str, FamilyExporter] = {
+FAMILIES: dict[str, ModelFamily] = {
     module.FAMILY.name: module.FAMILY for module in (shared_expert_moe, evermind_lm, limbic)
 }

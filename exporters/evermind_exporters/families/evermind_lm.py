@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from evermind_manifests.manifest import (
     DType,
     ExpertsStep,
@@ -24,14 +22,16 @@ from evermind_manifests.manifest import (
     Step,
     ValueSpec,
 )
+from evermind_manifests.shard import ShardLayout
 from evermind_runtime.lcg import Lcg
 
-from ..blueprint import Blueprint, FamilyExporter
-from ..checkpoints.params import canonical_shapes
+from ..blueprint import Blueprint
+from ..family import Arrays, Config
 from ..onnx_graph import ExternalTensor, GraphBuilder
-from .relu_expert import KIND, TENSORS, expert_kind, fused_experts, route
+from .evermind import EvermindFamily
+from .kind import expert_kind, fused_experts
+from .relu_expert import KIND, TENSORS, expert, expert_layout, route
 
-NAME: Final = "evermind-lm"
 _EMBEDDING = "token_embedding.weight"
 # Source: specs/evermind-formats.md, section 8.3.
 _EPSILON = 1e-5
@@ -49,7 +49,7 @@ class _Dims:
     top_k: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> _Dims:
+    def of(cls, config: Config) -> _Dims:
         return cls(
             config["vocabSize"],
             config["dModel"],
@@ -61,57 +61,66 @@ class _Dims:
         )
 
 
-def _resident_names(config: Mapping[str, Any]) -> list[str]:
-    return [name for name in canonical_shapes(NAME, config) if ".experts." not in name]
+class EvermindLm(EvermindFamily):
+    """See the module."""
 
+    name = "evermind-lm"
 
-def _expert_names(layer: int, expert: int) -> dict[str, str]:
-    prefix = f"layers.{layer}.moe.experts.{expert}."
-    return {name: prefix + name for name in TENSORS}
+    def resident_names(self, config: Config) -> list[str]:
+        """See `ModelFamily.resident_names`."""
+        return [name for name in self.shapes(config) if ".experts." not in name]
 
+    def expert_names(self, config: Config, layer: int, expert: int) -> dict[str, str]:
+        """See `ModelFamily.expert_names`."""
+        prefix = f"layers.{layer}.moe.experts.{expert}."
+        return {name: prefix + name for name in TENSORS}
 
-def _sample_inputs(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArray[Any]]:
-    uniforms = Lcg(seed).uniforms(24)
-    return {"tokens": (uniforms * config["vocabSize"]).astype(np.int64)}
+    def sample_inputs(self, config: Config, seed: int) -> Arrays:
+        """See `ModelFamily.sample_inputs`."""
+        uniforms = Lcg(seed).uniforms(24)
+        return {"tokens": (uniforms * config["vocabSize"]).astype(np.int64)}
 
+    def build(
+        self, config: Config, resident: Mapping[str, ExternalTensor], dtype: DType
+    ) -> Blueprint:
+        """See `ModelFamily.build`."""
+        dims = _Dims.of(config)
+        layout = expert_layout(dims.d_model, dims.hidden, dtype)
+        graphs = {}
+        for segment in range(dims.layers + 1):
+            graphs[_path("prefill", segment)] = _segment(dims, segment, resident, None)
+            graphs[_path("decode", segment)] = _segment(dims, segment, resident, layout)
 
-def _build(
-    config: Mapping[str, Any], resident: Mapping[str, ExternalTensor], dtype: DType
-) -> Blueprint:
-    dims = _Dims.of(config)
-    graphs = {}
-    for segment in range(dims.layers + 1):
-        graphs[_path("prefill", segment)] = _segment(dims, segment, resident, None)
-        graphs[_path("decode", segment)] = _segment(dims, segment, resident, dtype)
-
-    state = {}
-    if dims.kernel > 1:
+        state = {}
+        if dims.kernel > 1:
+            for layer in range(dims.layers):
+                state[f"conv.{layer}"] = StateSpec(
+                    dtype="f32", shape=(dims.kernel - 1, dims.d_model)
+                )
+        outputs = {"logits": ValueSpec(dtype="f32", shape=("T", dims.vocab))}
         for layer in range(dims.layers):
-            state[f"conv.{layer}"] = StateSpec(dtype="f32", shape=(dims.kernel - 1, dims.d_model))
-    outputs = {"logits": ValueSpec(dtype="f32", shape=("T", dims.vocab))}
-    for layer in range(dims.layers):
-        outputs[f"ids.{layer}"] = ValueSpec(dtype="i64", shape=("T", dims.top_k))
-        outputs[f"gates.{layer}"] = ValueSpec(dtype="f32", shape=("T", dims.top_k))
+            outputs[f"ids.{layer}"] = ValueSpec(dtype="i64", shape=("T", dims.top_k))
+            outputs[f"gates.{layer}"] = ValueSpec(dtype="f32", shape=("T", dims.top_k))
 
-    per_expert = 2 * dims.d_model * dims.hidden + dims.hidden + dims.d_model
-    trunk = dims.d_model * (dims.kernel + 2 + dims.experts)
-    return Blueprint(
-        kinds={KIND: expert_kind(dims.d_model, dims.hidden, dtype)},
-        layers=tuple(
-            Layer(layer=layer, kind=KIND, experts=dims.experts, top_k=dims.top_k)
-            for layer in range(dims.layers)
-        ),
-        graphs=graphs,
-        plan=Plan(
-            inputs={"tokens": ValueSpec(dtype="i64", shape=("T",), limit=dims.vocab)},
-            outputs=outputs,
-            state=state,
-            prefill=tuple(_prefill_steps(dims)),
-            decode=tuple(_step(dims, "decode", segment) for segment in range(dims.layers + 1)),
-        ),
-        active_parameters=dims.vocab * dims.d_model
-        + dims.layers * (trunk + (1 + dims.top_k) * per_expert),
-    )
+        per_expert = 2 * dims.d_model * dims.hidden + dims.hidden + dims.d_model
+        trunk = dims.d_model * (dims.kernel + 2 + dims.experts)
+        return Blueprint(
+            kinds={KIND: expert_kind(layout, (dims.d_model, dims.d_model), expert)},
+            layers=tuple(
+                Layer(layer=layer, kind=KIND, experts=dims.experts, top_k=dims.top_k)
+                for layer in range(dims.layers)
+            ),
+            graphs=graphs,
+            plan=Plan(
+                inputs={"tokens": ValueSpec(dtype="i64", shape=("T",), limit=dims.vocab)},
+                outputs=outputs,
+                state=state,
+                prefill=tuple(_prefill_steps(dims)),
+                decode=tuple(_step(dims, "decode", segment) for segment in range(dims.layers + 1)),
+            ),
+            active_parameters=dims.vocab * dims.d_model
+            + dims.layers * (trunk + (1 + dims.top_k) * per_expert),
+        )
 
 
 def _prefill_steps(dims: _Dims) -> list[Step]:
@@ -159,10 +168,10 @@ def _step(dims: _Dims, program: str, segment: int) -> GraphStep:
 
 
 def _segment(
-    dims: _Dims, segment: int, resident: Mapping[str, ExternalTensor], fused_dtype: DType | None
+    dims: _Dims, segment: int, resident: Mapping[str, ExternalTensor], layout: ShardLayout | None
 ) -> bytes:
     """One segment's graph: for one token with fused experts, or (`None`) for T tokens."""
-    tokens: int | str = "T" if fused_dtype is None else 1
+    tokens: int | str = "T" if layout is None else 1
     d_model = dims.d_model
     b = GraphBuilder(f"segment_{segment}", resident)
     if segment == 0:
@@ -170,10 +179,12 @@ def _segment(
         x = b.op("Gather", b.weight(_EMBEDDING), ids, axis=0)
     else:
         base = b.input("base", "f32", [tokens, d_model])
-        if fused_dtype is None:
+        if layout is None:
             x = b.op("Add", base, b.input("e", "f32", [tokens, d_model]))
         else:
-            x = fused_experts(b, base, d_model, dims.hidden, dims.top_k, fused_dtype)
+            n = b.input("n", "f32", [1, d_model])
+            gates = b.input("gates", "f32", [1, dims.top_k])
+            x = fused_experts(b, n, gates, dims.top_k, layout, expert, base)
     if segment == dims.layers:
         logits = b.op("Gemm", x, b.weight(_EMBEDDING), transB=1)
         b.output(logits, "logits", "f32", [tokens, dims.vocab])
@@ -224,4 +235,4 @@ def _path(program: str, segment: int) -> str:
     return f"graphs/{program}_{segment:02d}.onnx"
 
 
-FAMILY = FamilyExporter(NAME, _resident_names, _expert_names, _build, _sample_inputs)
+FAMILY = EvermindLm()

@@ -7,97 +7,97 @@ double in the peer, so the whole graph computes in double and rounds its outputs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from evermind_manifests.manifest import DType, GraphStep, Plan, ValueSpec
 from evermind_runtime.lcg import Lcg
 
-from ..blueprint import Blueprint, FamilyExporter
-from ..checkpoints.params import canonical_shapes
+from ..blueprint import Blueprint
+from ..family import Arrays, Config
 from ..onnx_graph import ExternalTensor, GraphBuilder
+from .evermind import EvermindFamily
 
-NAME: Final = "limbic"
-_GRAPH = "graphs/step.onnx"
-
-
-def _resident_names(config: Mapping[str, Any]) -> list[str]:
-    return list(canonical_shapes(NAME, config))
+_GRAPH: Final = "graphs/step.onnx"
 
 
-def _expert_names(layer: int, expert: int) -> dict[str, str]:
-    raise AssertionError(f"a limbic model has no experts, asked for {layer}/{expert}")
+class Limbic(EvermindFamily):
+    """See the module."""
 
+    name = "limbic"
 
-def _sample_inputs(config: Mapping[str, Any], seed: int) -> dict[str, npt.NDArray[Any]]:
-    lcg = Lcg(seed)
-    widths = {"x": "inputDim", "hidden": "hiddenDim", "state": "stateDim"}
-    return {
-        name: lcg.gaussian(4 * config[key], 0.5).reshape(4, config[key])
-        for name, key in widths.items()
-    }
+    def resident_names(self, config: Config) -> list[str]:
+        """See `ModelFamily.resident_names`."""
+        return list(self.shapes(config))
 
+    def sample_inputs(self, config: Config, seed: int) -> Arrays:
+        """See `ModelFamily.sample_inputs`."""
+        lcg = Lcg(seed)
+        widths = {"x": "inputDim", "hidden": "hiddenDim", "state": "stateDim"}
+        return {
+            name: lcg.gaussian(4 * config[key], 0.5).reshape(4, config[key])
+            for name, key in widths.items()
+        }
 
-def _build(
-    config: Mapping[str, Any], resident: Mapping[str, ExternalTensor], _dtype: DType
-) -> Blueprint:
-    inputs, hidden, state = config["inputDim"], config["hiddenDim"], config["stateDim"]
-    b = GraphBuilder("limbic_step", resident)
-    x = b.cast(b.input("x", "f32", ["T", inputs]), "f64")
-    h = b.cast(b.input("hidden", "f32", ["T", hidden]), "f64")
-    s = b.cast(b.input("state", "f32", ["T", state]), "f64")
-    w = {name: b.cast(b.weight(name), "f64") for name in resident}
+    def build(
+        self, config: Config, resident: Mapping[str, ExternalTensor], dtype: DType
+    ) -> Blueprint:
+        """See `ModelFamily.build`."""
+        inputs, hidden, state = config["inputDim"], config["hiddenDim"], config["stateDim"]
+        b = GraphBuilder("limbic_step", resident)
+        x = b.cast(b.input("x", "f32", ["T", inputs]), "f64")
+        h = b.cast(b.input("hidden", "f32", ["T", hidden]), "f64")
+        s = b.cast(b.input("state", "f32", ["T", state]), "f64")
+        w = {name: b.cast(b.weight(name), "f64") for name in resident}
 
-    pre = b.op(
-        "Add",
-        b.op("Gemm", x, w["win"], transB=1),
-        b.op("Gemm", s, w["ws"], transB=1),
-    )
-    # The peer rounds a, t, h' and delta to float32 when it stores them.
-    a = _rounded(b, b.op("Sigmoid", w["aLogit"]))
-    t = _rounded(b, b.op("Tanh", pre))
-    keep = b.op("Mul", a, h)
-    fresh = b.op("Mul", b.op("Sub", b.const(1.0, np.float64), a), t)
-    h_next = _rounded(b, b.op("Add", keep, fresh))
-    delta = b.op("Tanh", b.op("Gemm", h_next, w["woutState"], w["boutState"], transB=1))
-    weights = b.op("Unsqueeze", w["woutReward"], b.const([0]))
-    reward = b.op("Gemm", h_next, weights, w["boutReward"], transB=1)
+        pre = b.op(
+            "Add",
+            b.op("Gemm", x, w["win"], transB=1),
+            b.op("Gemm", s, w["ws"], transB=1),
+        )
+        # The peer rounds a, t, h' and delta to float32 when it stores them.
+        a = _rounded(b, b.op("Sigmoid", w["aLogit"]))
+        t = _rounded(b, b.op("Tanh", pre))
+        keep = b.op("Mul", a, h)
+        fresh = b.op("Mul", b.op("Sub", b.const(1.0, np.float64), a), t)
+        h_next = _rounded(b, b.op("Add", keep, fresh))
+        delta = b.op("Tanh", b.op("Gemm", h_next, w["woutState"], w["boutState"], transB=1))
+        weights = b.op("Unsqueeze", w["woutReward"], b.const([0]))
+        reward = b.op("Gemm", h_next, weights, w["boutReward"], transB=1)
 
-    b.output(b.cast(h_next, "f32"), "hidden_out", "f32", ["T", hidden])
-    b.output(b.cast(delta, "f32"), "delta", "f32", ["T", state])
-    b.output(b.cast(b.op("Squeeze", reward, b.const([1])), "f32"), "reward", "f32", ["T"])
-    step = GraphStep(
-        graph=_GRAPH,
-        inputs={"x": "x", "hidden": "hidden", "state": "state"},
-        outputs={"hidden_out": "hidden_next", "delta": "delta", "reward": "reward"},
-    )
-    shapes = canonical_shapes(NAME, config)
-    return Blueprint(
-        kinds={},
-        layers=(),
-        graphs={_GRAPH: b.build()},
-        plan=Plan(
-            inputs={
-                "x": ValueSpec(dtype="f32", shape=("T", inputs)),
-                "hidden": ValueSpec(dtype="f32", shape=("T", hidden), default=0.0),
-                "state": ValueSpec(dtype="f32", shape=("T", state), default=0.0),
-            },
-            outputs={
-                "hidden": ValueSpec(dtype="f32", shape=("T", hidden), value="hidden_next"),
-                "delta": ValueSpec(dtype="f32", shape=("T", state)),
-                "reward": ValueSpec(dtype="f32", shape=("T",)),
-            },
-            state={},
-            prefill=(step,),
-            decode=(step,),
-        ),
-        active_parameters=sum(int(np.prod(shape)) for shape in shapes.values()),
-    )
+        b.output(b.cast(h_next, "f32"), "hidden_out", "f32", ["T", hidden])
+        b.output(b.cast(delta, "f32"), "delta", "f32", ["T", state])
+        b.output(b.cast(b.op("Squeeze", reward, b.const([1])), "f32"), "reward", "f32", ["T"])
+        step = GraphStep(
+            graph=_GRAPH,
+            inputs={"x": "x", "hidden": "hidden", "state": "state"},
+            outputs={"hidden_out": "hidden_next", "delta": "delta", "reward": "reward"},
+        )
+        return Blueprint(
+            kinds={},
+            layers=(),
+            graphs={_GRAPH: b.build()},
+            plan=Plan(
+                inputs={
+                    "x": ValueSpec(dtype="f32", shape=("T", inputs)),
+                    "hidden": ValueSpec(dtype="f32", shape=("T", hidden), default=0.0),
+                    "state": ValueSpec(dtype="f32", shape=("T", state), default=0.0),
+                },
+                outputs={
+                    "hidden": ValueSpec(dtype="f32", shape=("T", hidden), value="hidden_next"),
+                    "delta": ValueSpec(dtype="f32", shape=("T", state)),
+                    "reward": ValueSpec(dtype="f32", shape=("T",)),
+                },
+                state={},
+                prefill=(step,),
+                decode=(step,),
+            ),
+            active_parameters=self.parameter_count(config),
+        )
 
 
 def _rounded(b: GraphBuilder, value: str) -> str:
     return b.cast(b.cast(value, "f32"), "f64")
 
 
-FAMILY = FamilyExporter(NAME, _resident_names, _expert_names, _build, _sample_inputs)
+FAMILY = Limbic()

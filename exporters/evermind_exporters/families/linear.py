@@ -8,6 +8,8 @@ they lie; `Split` would copy each of them first.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from evermind_manifests.manifest import DType
 
 from ..onnx_graph import GraphBuilder
@@ -18,23 +20,29 @@ from ..onnx_graph import GraphBuilder
 _BLOCK = 512 * 1024
 
 
-def linear(
-    b: GraphBuilder, x: str, weight: str, bias: str | None, shape: tuple[int, ...], dtype: DType
-) -> str:
-    """`x W^T + bias` in float32, for `x` `(rows, in)` and `W` of `shape` `(out, in)`."""
-    out, width = shape
+class Weight(NamedTuple):
+    """A graph value that holds a weight, and what it is stored as."""
+
+    value: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+def linear(b: GraphBuilder, x: str, weight: Weight, bias: Weight | None = None) -> str:
+    """`x W^T + bias` in float32, for `x` `(rows, in)` and `W` `(out, in)`."""
+    out, width = weight.shape
     rows = block_rows(out, width)
-    adds = [] if bias is None else [as_float(b, bias, dtype)]
-    if dtype == "f32" or rows == out:
-        return str(b.op("Gemm", x, as_float(b, weight, dtype), *adds, transB=1))
-    blocks = b.op("Reshape", weight, b.const([out // rows, rows, width]))
+    added = [as_float(b, bias)] if bias else []
+    if weight.dtype == "f32" or rows == out:
+        return str(b.op("Gemm", x, as_float(b, weight), *added, transB=1))
+    blocks = b.op("Reshape", weight.value, b.const([out // rows, rows, width]))
     body = b.body()
-    block = body.input(f"{weight}_block", dtype, [rows, width])
+    block = body.input(f"{weight.value}_block", weight.dtype, [rows, width])
     product = body.op("Gemm", x, body.cast(block, "f32"), transB=1)
-    body.output(product, f"{weight}_product", "f32", ["rows", rows])
+    body.output(product, f"{weight.value}_product", "f32", ["rows", rows])
     (stacked,) = b.scan(body, blocks, axis=1)
     product = b.op("Reshape", stacked, b.const([-1, out]))
-    return str(b.op("Add", product, *adds) if adds else product)
+    return str(b.op("Add", product, *added) if added else product)
 
 
 def block_rows(out: int, width: int) -> int:
@@ -49,6 +57,6 @@ def block_rows(out: int, width: int) -> int:
     return rows if rows * 8 >= most else out
 
 
-def as_float(b: GraphBuilder, value: str, dtype: DType) -> str:
-    """`value`, stored as `dtype`, in float32."""
-    return value if dtype == "f32" else b.cast(value, "f32")
+def as_float(b: GraphBuilder, weight: Weight) -> str:
+    """`weight` in float32."""
+    return weight.value if weight.dtype == "f32" else b.cast(weight.value, "f32")
