@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import InputError
 from evermind_runtime import Model, State
+from evermind_runtime.arrays import by_plan_names
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -102,7 +103,8 @@ def write_states(path: Path, states: State | Sequence[State]) -> None:
 
 
 def _batch(model: Model, inputs: Arrays) -> int | None:
-    for name, spec in model.manifest.plan.inputs.items():
-        if name in inputs and inputs[name].ndim == len(spec.shape) + 1:
-            return len(inputs[name])
+    plan = model.manifest.plan
+    for name, array in by_plan_names(plan, inputs).items():
+        if name in plan.inputs and array.ndim == len(plan.inputs[name].shape) + 1:
+            return len(array)
     return None

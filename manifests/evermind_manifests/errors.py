@@ -110,6 +110,10 @@ class DeviceError(EvermindPackError, RuntimeError):
     exit_code: ClassVar[int] = 2
 
 
+class NonFiniteError(EvermindPackError, ArithmeticError):
+    """A state or output that must stay finite became infinite or NaN."""
+
+
 class ClosedError(EvermindPackError, ValueError):
     """A package or model was used after it had been closed."""
 

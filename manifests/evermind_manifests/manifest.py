@@ -161,12 +161,14 @@ class GraphStep(
     experts: FusedExperts | None = None
 
 
-class ExpertsStep(Struct, frozen=True, kw_only=True, tag="experts", tag_field="step"):
+class ExpertsStep(
+    Struct, frozen=True, kw_only=True, omit_defaults=True, tag="experts", tag_field="step"
+):
     """`y = sum_i gates[:, i] * Expert[ids[:, i]](x)` for one layer.
 
     `x` `(T, d)`, `ids` `(T, top_k)` i64 and `gates` `(T, top_k)` f32 are blackboard values;
-    `y` `(T, d)` is written. Contributions are added in ascending expert order. An id of -1
-    stands for no expert.
+    `y` `(T, d)` is written. Contributions are added in ascending expert order. With
+    `skips` an id of -1 stands for no expert; without, it is refused like any other stranger.
     """
 
     layer: Count
@@ -174,6 +176,7 @@ class ExpertsStep(Struct, frozen=True, kw_only=True, tag="experts", tag_field="s
     ids: Name
     gates: Name
     y: Name
+    skips: bool = False
 
 
 Step: TypeAlias = GraphStep | ExpertsStep

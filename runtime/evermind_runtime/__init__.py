@@ -9,12 +9,14 @@ for piece in model.generate("def ", max_new_tokens=64):
 from __future__ import annotations
 
 from .generation import Piece
+from .introspection import Introspection
 from .limbic import LimbicSession, LimbicStep
 from .model import Model, PagingWarning, load
 from .state import State
 from .stats import Stats
 
 __all__ = [
+    "Introspection",
     "LimbicSession",
     "LimbicStep",
     "Model",

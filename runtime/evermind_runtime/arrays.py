@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from evermind_manifests.manifest import Plan, ValueSpec
 from .devices import numpy_dtype
 from .state import Array
 
+T = TypeVar("T")
+
 
 def check_inputs(
     plan: Plan, arrays: Mapping[str, npt.ArrayLike]
@@ -20,9 +22,10 @@ def check_inputs(
     """The plan's inputs as arrays of its dtypes, and the batch size if they have a batch axis.
 
     Every input may have one more leading axis than the plan says (then all must). An input
-    with a default may be left out. Raises `InputError` naming the input, what was expected
-    and what was found.
+    with a default may be left out, and one may be given under an alias. Raises `InputError`
+    naming the input, what was expected and what was found.
     """
+    arrays = by_plan_names(plan, arrays)
     unknown = sorted(arrays.keys() - plan.inputs.keys())
     missing = [
         name for name, spec in plan.inputs.items() if name not in arrays and spec.default is None
@@ -56,6 +59,28 @@ def check_inputs(
             filled = [sizes[dim] if isinstance(dim, str) else dim for dim in shape]
             given[name] = np.full(filled, spec.default, dtype=numpy_dtype(spec.dtype))
     return given, sizes.get("batch")
+
+
+def by_plan_names(plan: Plan, arrays: Mapping[str, T]) -> dict[str, T]:
+    """`arrays` with the names the plan gives its inputs in place of their aliases.
+
+    Raises `InputError` if an input is given under two names.
+    """
+    names = {alias: name for name, spec in plan.inputs.items() for alias in spec.aliases}
+    given: dict[str, T] = {}
+    for name, array in arrays.items():
+        own = names.get(name, name)
+        if own in given:
+            raise InputError(f"inputs: {own!r} is given twice, once as {name!r}")
+        given[own] = array
+    return given
+
+
+def join_tokens(spec: ValueSpec, parts: Sequence[Array]) -> Array:
+    """An output of consecutive tokens: joined where it has an axis of tokens, else the last."""
+    if "T" not in spec.shape:
+        return parts[-1]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=spec.shape.index("T"))
 
 
 def tokens_in(plan: Plan, inputs: Mapping[str, Array]) -> int:

@@ -36,10 +36,11 @@ class _BoundStep:
     graph: str
     session: Any
     binding: ort.IOBinding
-    # For fused experts: their layer, the router's choice (a bound buffer), the inputs' names
-    # by position, and what they are bound to now.
+    # For fused experts: their layer, the router's choice and gates (bound buffers), the
+    # inputs' names by position, and what they are bound to now.
     layer: int
     ids: Array | None
+    gates: Array | None
     names: list[tuple[str, ...]]
     bound: list[Slot | None]
 
@@ -62,6 +63,8 @@ class BoundDecode:
         for step in steps:
             self._allocate(step)
         self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
+        # What a step on this side has just written.
+        self._checked = tuple({**self._values, **state.buffers[1 - side]} for side in (0, 1))
         # An output taken from a state is what the step just wrote: current after the flip.
         self._outputs = tuple(
             {
@@ -88,7 +91,7 @@ class BoundDecode:
     def step(self, inputs: Mapping[str, Array]) -> None:
         """Run the program on one token (arrays as in the plan, T = 1), for `outputs`.
 
-        If it fails, the state is as before.
+        If it fails, or a value is not finite that must be, the state is as before.
         """
         for name, array in inputs.items():
             self._values[name][...] = array
@@ -99,12 +102,15 @@ class BoundDecode:
                 continue
             tokens = step.ids.tolist()
             pager.routed(step.layer, tokens)
+            gates = None if step.gates is None else step.gates.tolist()[0]
+            self._engine.counts.routed_one(step.layer, tokens[0], gates)
             slots = pager.acquire(step.layer, tokens[0])
             try:
                 self._rebind(step, slots)
                 run_graph(step.graph, step.session, step.binding)
             finally:
                 pager.release(slots)
+        self._engine.finite.check(self._checked[self._state.side])
         self._state.flip()
 
     def _rebind(self, step: _BoundStep, slots: list[Slot]) -> None:
@@ -137,11 +143,12 @@ class BoundDecode:
         for name, value in step.outputs.items():
             binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
-            return _BoundStep(step.graph, session, binding, -1, None, [], [])
+            return _BoundStep(step.graph, session, binding, -1, None, None, [], [])
         layer, ids = step.experts.layer, read[step.experts.ids]
+        gates = read[step.experts.gates] if step.experts.gates else None
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
-        return _BoundStep(step.graph, session, binding, layer, ids, names, bound)
+        return _BoundStep(step.graph, session, binding, layer, ids, gates, names, bound)
 
 
 def _value(array: Array) -> ort.OrtValue:

@@ -16,13 +16,15 @@ from evermind_manifests.manifest import Manifest
 from evermind_manifests.package import Package
 
 from . import onnx_runtime
-from .arrays import check_inputs, empty_output, slice_tokens, tokens_in
+from .arrays import check_inputs, empty_output, join_tokens, slice_tokens, tokens_in
 from .budget import parse_budget, thrash_warning, total_expert_bytes
 from .choose_policy import PolicyName, make_policy
 from .decode import BoundDecode
 from .devices import open_device
 from .generation import Piece, generate
+from .introspection import Introspection, report
 from .layers import expert_layers
+from .observer import Observer
 from .openers import open_location
 from .pager import Pager, Verify
 from .profile import PROFILE_NAME, Profile, parse_profile, read_profile
@@ -81,6 +83,7 @@ class Model:
         self._engine = Engine(manifest, sessions, resident, self._pager)
         self._binds_decode = BoundDecode.supports(self._engine)
         self._codec: TextCodec | None = None
+        self._observer: Observer | None = None
         self._tokens = 0
         self._lock = threading.Lock()
         if warning := thrash_warning(self.budget, manifest):
@@ -119,7 +122,8 @@ class Model:
         `state` (one, or one per row; fresh if not given) is read and moved on. `steps`
         chooses the program: all tokens at once, or one by one. `outputs` limits what is
         computed (an empty list only moves the state). Raises `InputError` for arrays or
-        states that do not fit.
+        states that do not fit, and `NonFiniteError` where the plan says what must stay finite;
+        if it raises, the state of the row it came to is as before.
         """
         self._check_open()
         if steps not in get_args(Steps):
@@ -160,6 +164,9 @@ class Model:
         """
         with self._lock:
             self._tokens += 1
+        if self._observer is not None:
+            # Both programs compute the same; what is observed, prefill alone produces.
+            return self._run("prefill", inputs, state, list(self.manifest.plan.outputs))
         if not self._binds_decode:
             return self._run("decode", inputs, state, list(self.manifest.plan.outputs))
         bound: BoundDecode | None = state.bindings
@@ -220,6 +227,23 @@ class Model:
             self._trace.close()
         self._trace = writer
 
+    def observe(self, on: bool = True) -> None:
+        """Begin to collect statistics for `introspect` (anew, if it had begun), or end it.
+
+        While observed, every token goes through the prefill program with its experts' graphs of
+        statistics, which is slower and agrees with the decode program within rounding.
+        """
+        self._observer = Observer(self.manifest.plan) if on else None
+
+    def introspect(self) -> Introspection:
+        """What experts and routers have done; see `Introspection` and docs/introspection.md.
+
+        Tokens, gates, hits, misses and bytes are counted from loading on, all else from
+        `observe` on.
+        """
+        counts, pages = self._engine.counts, self._pager.pages
+        return report(self.manifest.layers, counts, pages, self._tokens, self._observer)
+
     def stats(self) -> Stats:
         """Counters since loading."""
         counters = self._pager.counters
@@ -273,17 +297,26 @@ class Model:
         if count == 0:
             return {name: empty_output(plan.outputs[name]) for name in wanted}
         chunk = 1 if steps == "decode" else self._chunk(count)
+        # A program leaves the state alone when it fails; a later one must not leave it half-way.
+        before = state.save() if count > chunk else None
         parts: list[dict[str, Array]] = []
-        for begin in range(0, count, chunk):
-            part = slice_tokens(plan, inputs, begin, min(begin + chunk, count))
-            if steps == "decode":
-                values = self.decode(part, state)
-                parts.append({name: values[name].copy() for name in wanted})
-            else:
-                with self._lock:
-                    self._tokens += min(chunk, count - begin)
-                parts.append(self._run("prefill", part, state, wanted))
-        return {name: np.concatenate([part[name] for part in parts], axis=0) for name in wanted}
+        try:
+            for begin in range(0, count, chunk):
+                part = slice_tokens(plan, inputs, begin, min(begin + chunk, count))
+                if steps == "decode":
+                    values = self.decode(part, state)
+                    parts.append({name: values[name].copy() for name in wanted})
+                else:
+                    with self._lock:
+                        self._tokens += min(chunk, count - begin)
+                    parts.append(self._run("prefill", part, state, wanted))
+        except BaseException:
+            if before is not None:
+                state.restore(before)
+            raise
+        return {
+            name: join_tokens(plan.outputs[name], [part[name] for part in parts]) for name in wanted
+        }
 
     def _chunk(self, count: int) -> int:
         sequence = any(kind.scope == "sequence" for kind in self.manifest.kinds.values())
@@ -295,7 +328,11 @@ class Model:
         plan = self.manifest.plan
         names = {name: plan.outputs[name].value or name for name in wanted}
         steps = plan.prefill if program == "prefill" else plan.decode
-        values = run_program(self._engine, steps, inputs, state, list(names.values()))
+        observer = self._observer
+        needed = [*names.values(), *(observer.wanted if observer else ())]
+        values = run_program(self._engine, steps, inputs, state, needed, observer)
+        if observer:
+            observer.record(values, tokens_in(plan, inputs))
         return {name: values[value] for name, value in names.items()}
 
 

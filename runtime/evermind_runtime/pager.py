@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -41,6 +42,15 @@ class PagerCounters:
     peak_resident_bytes: int = 0
 
 
+@dataclass(slots=True)
+class ExpertPages:
+    """What has happened to one expert so far."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+
+
 class Pager:
     """Owns every slot of one package. Safe to use from several threads."""
 
@@ -57,6 +67,8 @@ class Pager:
         check_budget(budget, package.manifest)
         self.budget = budget
         self.counters = PagerCounters()
+        #: The same by expert, for those that were ever needed.
+        self.pages: defaultdict[ExpertKey, ExpertPages] = defaultdict(ExpertPages)
         #: Told of every routed step, as the policy is, while somebody records a trace.
         self.recorder: Callable[[int, Sequence[Sequence[int]]], None] | None = None
         self._package = package
@@ -104,6 +116,10 @@ class Pager:
                 raise
             for key in keys:
                 self._policy.touched(key)
+                self.pages[key].hits += 1
+            for key in missing:
+                self.pages[key].hits -= 1
+                self.pages[key].misses += 1
             self.counters.misses += len(missing)
             self.counters.hits += len(keys) - len(missing)
             return [self._resident[key] for key in keys]
@@ -200,3 +216,4 @@ class Pager:
     def _read_bytes(self, shard: Shard, data: memoryview) -> None:
         self._package.store.read_into(shard.file, shard.offset, data)
         self.counters.bytes_read += shard.bytes
+        self.pages[shard.layer, shard.expert].bytes_read += shard.bytes

@@ -14,6 +14,9 @@ import numpy.typing as npt
 from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, GraphStep, Kind, Manifest, Step
 
+from .counts import ExpertCounts
+from .finite import FiniteCheck
+from .observer import Observer
 from .pager import Pager
 from .resident import Resident
 from .sessions import Sessions
@@ -36,6 +39,8 @@ class Engine:
         self.kinds: dict[int, Kind] = {
             layer.layer: manifest.kinds[layer.kind] for layer in manifest.layers
         }
+        self.finite = FiniteCheck(manifest.plan)
+        self.counts = ExpertCounts(manifest.layers)
         self._weights: dict[str, ort.OrtValue] = {}
 
     def weight(self, name: str) -> ort.OrtValue:
@@ -56,11 +61,13 @@ def run_program(
     inputs: Mapping[str, Array],
     state: State,
     wanted: Collection[str],
+    observer: Observer | None = None,
 ) -> dict[str, Array]:
     """Run `steps` on `inputs`; returns the `wanted` values and moves `state` on.
 
-    Steps that neither `wanted` nor the state depends on are left out. If a step fails, the
-    state is as before.
+    Steps that neither `wanted` nor the state depends on are left out. If a step fails, or a
+    value is not finite that must be, the state is as before. An `observer` sees every expert
+    run, in graphs with statistics where the kind has them.
     """
     board: dict[str, Array] = {**inputs, **state.current}
     # What replaces the state does so for the next call: later steps read the old value.
@@ -69,10 +76,11 @@ def run_program(
         if isinstance(step, GraphStep):
             values = _run_graph(engine, step, board)
         else:
-            values = {step.y: _run_experts(engine, step, board)}
+            values = {step.y: _run_experts(engine, step, board, observer)}
         for name, array in values.items():
             (replaced if name in state.current else board)[name] = array
     result = {name: replaced[name] if name in replaced else board[name] for name in wanted}
+    engine.finite.check({**result, **replaced})
     state.restore(replaced)
     return result
 
@@ -119,6 +127,8 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
         layer = step.experts.layer
         tokens = board[step.experts.ids].tolist()
         engine.pager.routed(layer, tokens)
+        gates = board[step.experts.gates].tolist()[0] if step.experts.gates else None
+        engine.counts.routed_one(layer, tokens[0], gates)
         slots = engine.pager.acquire(layer, tokens[0])
         try:
             names = engine.expert_inputs(layer, len(slots))
@@ -130,7 +140,9 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
     return dict(zip(step.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
 
 
-def _run_experts(engine: Engine, step: ExpertsStep, board: Mapping[str, Array]) -> Array:
+def _run_experts(
+    engine: Engine, step: ExpertsStep, board: Mapping[str, Array], observer: Observer | None
+) -> Array:
     """Expert by expert, in ascending order: each is read once and run once, on its tokens.
 
     The order never depends on what happens to be resident, so a paged run adds up the same
@@ -138,14 +150,13 @@ def _run_experts(engine: Engine, step: ExpertsStep, board: Mapping[str, Array]) 
     """
     x, ids, gates = board[step.x], board[step.ids], board[step.gates]
     kind = engine.kinds[step.layer]
-    session = engine.sessions.get(kind.graph)
-    engine.pager.routed(step.layer, ids.tolist())
+    tokens = _chosen(step, ids)
+    engine.pager.routed(step.layer, tokens)
+    engine.counts.routed(step.layer, ids, gates)
     top_k = ids.shape[1]
-    ranked = np.sort(ids, axis=1)
-    if (ranked[:, 1:] == ranked[:, :-1]).any():
-        raise GraphError(f"{step.ids}: expected different experts for a token, found one twice")
     flat = ids.ravel()
     order = np.argsort(flat, kind="stable")
+    order = order[np.searchsorted(flat[order], 0) :]  # without those that are no expert
     experts, starts = np.unique(flat[order], return_index=True)
     y: npt.NDArray[np.float32] | None = None
     for expert, chosen in zip(experts.tolist(), np.split(order, starts[1:]), strict=True):
@@ -156,24 +167,50 @@ def _run_experts(engine: Engine, step: ExpertsStep, board: Mapping[str, Array]) 
             masked = np.zeros(len(x), dtype=np.float32)
             masked[rows] = gate
             rows, gate = np.arange(len(x)), masked
-        output = _run_expert(engine, session, step.layer, expert, x[rows])
+        output = _run_expert(engine, step.layer, expert, x[rows], observer)
         if y is None:
             y = np.zeros((len(x), output.shape[1]), dtype=np.float32)
         y[rows] += gate[:, None] * output
-    assert y is not None, "a program runs on at least one token"
+    if y is None:  # no token is routed anywhere
+        (declared,) = engine.sessions.get(kind.graph).get_outputs()
+        y = np.zeros((len(x), declared.shape[1]), dtype=np.float32)
     return y
 
 
-def _run_expert(engine: Engine, session: Any, layer: int, expert: int, x: Array) -> Array:
+def _chosen(step: ExpertsStep, ids: Array) -> list[list[int]]:
+    """For each token the experts it is routed to. Raises `GraphError` if one stands twice."""
+    ranked = np.sort(ids, axis=1)
+    if ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] != -1)).any():
+        raise GraphError(f"{step.ids}: expected different experts for a token, found one twice")
+    tokens: list[list[int]] = ids.tolist()
+    least = int(ids.min())
+    if least < 0 and not (step.skips and least == -1):
+        expected = "experts, or -1 for none" if step.skips else "experts"
+        raise GraphError(f"{step.ids}: expected {expected}, found {least}")
+    return [[e for e in token if e >= 0] for token in tokens] if least < 0 else tokens
+
+
+def _run_expert(
+    engine: Engine, layer: int, expert: int, x: Array, observer: Observer | None
+) -> Array:
+    kind = engine.kinds[layer]
+    graph, statistics = kind.graph, False
+    if observer is not None and kind.graph_statistics is not None:
+        graph, statistics = kind.graph_statistics, True
+    session = engine.sessions.get(graph)
     binding = session.io_binding()
     binding.bind_cpu_input("x", np.ascontiguousarray(x))
-    binding.bind_output("y", "cpu")
-    kind = engine.kinds[layer]
+    names = [output.name for output in session.get_outputs()] if statistics else ["y"]
+    for name in names:
+        binding.bind_output(name, "cpu")
     slots = engine.pager.acquire(layer, [expert])
     try:
         slots[0].bind(binding, (spec.name for spec in kind.tensors), kind)
-        run_graph(kind.graph, session, binding)
+        run_graph(graph, session, binding)
     finally:
         engine.pager.release(slots)
-    output: Array = binding.copy_outputs_to_cpu()[0]
+    found = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+    output: Array = found.pop("y")
+    if observer is not None:
+        observer.ran(layer, expert, output, found)
     return output

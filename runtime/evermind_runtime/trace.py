@@ -175,12 +175,12 @@ def _check_steps(layers: Sequence[ExpertLayer], steps: Sequence[TraceStep], wher
         if not step.tokens:
             raise InputError(f"{where}: step {at}: expected a token or more, found none")
         for row in step.tokens:
-            if len(set(row)) != layer.top_k or len(row) != layer.top_k:
+            if len(set(row)) != len(row) or len(row) > layer.top_k:
                 raise InputError(
-                    f"{where}: step {at}, layer {step.layer}: expected {layer.top_k} different "
-                    f"experts a token, found {list(row)}"
+                    f"{where}: step {at}, layer {step.layer}: expected at most {layer.top_k} "
+                    f"different experts a token, found {list(row)}"
                 )
-            if max(row) >= layer.experts:
+            if max(row, default=0) >= layer.experts:
                 raise InputError(
                     f"{where}: step {at}, layer {step.layer}: expected experts below "
                     f"{layer.experts}, found {max(row)}"

@@ -1,0 +1,51 @@
+"""Infinities and NaNs in what must stay finite: found early, named with their usual cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from evermind_manifests.errors import NonFiniteError
+from evermind_manifests.manifest import Plan
+
+from .state import Array
+
+
+class FiniteCheck:
+    """The states and outputs of one plan that must stay finite; costs nothing if there are none."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._states = {name: spec.finite for name, spec in plan.state.items() if spec.finite}
+        self._outputs = {
+            spec.value or name: (name, spec.finite)
+            for name, spec in plan.outputs.items()
+            if spec.finite
+        }
+
+    def check(self, values: Mapping[str, Array]) -> None:
+        """Raise `NonFiniteError` for the first of `values` (by blackboard name) that is not.
+
+        States first: what became of an output begins there.
+        """
+        for name, cause in self._states.items():
+            if name in values and not _finite(values[name]):
+                raise _error("state", name, values[name], str(cause))
+        for value, (name, cause) in self._outputs.items():
+            if value in values and not _finite(values[value]):
+                raise _error("output", name, values[value], cause)
+
+
+def _finite(array: Array) -> bool:
+    # One pass without a temporary; only a sum that overflows needs the second.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.add.reduce(array, axis=None))) or bool(np.isfinite(array).all())
+
+
+def _error(kind: str, name: str, array: Array, cause: str) -> NonFiniteError:
+    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+    return NonFiniteError(
+        f"{kind} {name!r}: expected finite numbers, found {bad:,} of {array.size:,} infinite or "
+        f"NaN: {cause}",
+        hint="The state is as it was before the call; start the sequence anew, or train the model "
+        "so that it does not grow.",
+    )
