@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,14 +21,14 @@ from evermind_manifests.manifest import (
     DType,
     Generation,
     Kind,
-    Layer,
     Manifest,
     Parameters,
     Tokenizer,
 )
-from evermind_manifests.shard import ShardLayout, encode_shard
+from evermind_manifests.shard import Buffer, ShardLayout, encode_shard, shard_parts
 from evermind_manifests.writer import PackageWriter
 
+from .ahead import one_ahead
 from .blueprint import Blueprint, FloatArray
 from .families import FAMILIES
 from .family import Arrays, ModelFamily
@@ -36,6 +38,9 @@ from .resident import pack_resident
 from .source import ModelSource
 
 ExpertDType: TypeAlias = Literal["f32", "f16", "bf16"]
+# From here on a shard is handed to the writer tensor by tensor, not whole.
+_WHOLE_SHARD_BYTES = 16 * 1024 * 1024
+
 Progress: TypeAlias = Callable[[int, int], None]
 
 
@@ -265,22 +270,35 @@ def _add_shards(
     options: ExportOptions,
     progress: Progress | None,
 ) -> None:
-    """Encode each shard on a second thread while the one before it is hashed and written."""
-    family = FAMILIES[source.family]
-    experts = [(layer, expert) for layer in blueprint.layers for expert in range(layer.experts)]
-
-    def encode(layer: Layer, expert: int) -> bytearray:
-        layout, place = blueprint.kinds[layer.kind].layout, (layer.layer, expert)
-        names = family.expert_names(source.config, *place)
-        computed = family.computed_shard(source.config, source.tensors, *place)
-        arrays = _ShardTensors(source, layout, names, computed, options)
-        return encode_shard(layout, *place, arrays)
-
-    with ThreadPoolExecutor(max_workers=1) as encoder:
-        ahead = [encoder.submit(encode, *key) for key in experts[:1]]
-        for number, (layer, expert) in enumerate(experts, 1):
-            data = ahead.pop().result()
-            ahead += [encoder.submit(encode, *key) for key in experts[number : number + 1]]
-            writer.add_shard(layer.layer, expert, data)
+    """Round weights on a second thread while those before them are hashed and written."""
+    parts = one_ahead(_shard_parts(blueprint, source, options))
+    total = sum(layer.experts for layer in blueprint.layers)
+    sizes = {layer.layer: blueprint.kinds[layer.kind].layout.bytes for layer in blueprint.layers}
+    # Closed at once, also when the disk is full: the thread must not outlive the export.
+    with closing(parts):
+        shards = groupby(parts, key=itemgetter(0))
+        for done, ((layer, expert), group) in enumerate(shards, 1):
+            writer.stream_shard(layer, expert, (part for _, part in group), sizes[layer])
             if progress:
-                progress(number, len(experts))
+                progress(done, total)
+
+
+def _shard_parts(
+    blueprint: Blueprint, source: ModelSource, options: ExportOptions
+) -> Iterator[tuple[tuple[int, int], Buffer]]:
+    """Every shard's bytes in order, each part under its (layer, expert).
+
+    A part is a whole shard, or one tensor where a shard is large.
+    """
+    family = FAMILIES[source.family]
+    for layer in blueprint.layers:
+        layout = blueprint.kinds[layer.kind].layout
+        for expert in range(layer.experts):
+            place = layer.layer, expert
+            names = family.expert_names(source.config, *place)
+            computed = family.computed_shard(source.config, source.tensors, *place)
+            arrays = _ShardTensors(source, layout, names, computed, options)
+            if layout.bytes <= _WHOLE_SHARD_BYTES:
+                yield place, encode_shard(layout, *place, arrays)
+            else:
+                yield from ((place, part) for part in shard_parts(layout, *place, arrays))

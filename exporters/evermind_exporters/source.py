@@ -9,17 +9,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
 import numpy as np
-import numpy.typing as npt
-from evermind_manifests.errors import CheckpointError
+from evermind_manifests import dtypes
+from evermind_manifests.errors import CheckpointError, IntegrityError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import Card
-from safetensors import SafetensorError, safe_open
+from evermind_manifests.safetensors_header import PREFIX_BYTES, header_bytes, read_header
 
 from .blueprint import FloatArray, Tensors
+from .checkpoints.disk_file import DiskFile
 from .checkpoints.peer_file import PeerFile, is_peer_file
 from .families import FAMILIES
 from .family import ModelFamily, Shape
@@ -31,7 +31,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 METRICS_NAME = "metrics.jsonl"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
-_FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+_FLOAT_DTYPES = ("f32", "f16", "bf16", "f64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,22 +213,26 @@ class SafetensorsFile(Mapping[str, FloatArray]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._disk = DiskFile(path)
         try:
-            # The library is not typed.
-            self._file = cast(Any, safe_open(path, framework="numpy"))
-            self._names: dict[str, str] = {name: name for name in self._file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
+            prefix = self._disk.read(0, min(self._disk.size, PREFIX_BYTES))
+            length = header_bytes(prefix, self._disk.size, str(path))
+            header = read_header(self._disk.read(0, length), str(path), size=self._disk.size)
+        except IntegrityError as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error.message}") from error
+        self._tensors = header
 
     def __getitem__(self, name: str) -> FloatArray:
-        array: npt.NDArray[Any] = self._file.get_tensor(self._names[name])
+        spec = self._tensors[name]
+        data = self._disk.read(spec.begin, spec.end - spec.begin)
+        array = dtypes.decode(data, spec.dtype, spec.shape)
         return array.astype(np.float32, copy=False)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._tensors)
 
     def rename(self, canonical: Callable[[str], str | None]) -> None:
         """Go by other names, and drop what has none.
@@ -236,35 +240,31 @@ class SafetensorsFile(Mapping[str, FloatArray]):
         Raises `CheckpointError` if two tensors would get the same one.
         """
         names: dict[str, str] = {}
-        for name, stored in self._names.items():
-            renamed = canonical(name)
-            if renamed is None:
+        for stored in self._tensors:
+            name = canonical(stored)
+            if name is None:
                 continue
-            if renamed in names:
-                raise CheckpointError(
-                    f"{self._path}: {names[renamed]} and {stored} are the same tensor"
-                )
-            names[renamed] = stored
-        self._names = names
+            if name in names:
+                raise CheckpointError(f"{self._path}: {names[name]} and {stored} are the same")
+            names[name] = stored
+        self._tensors = {name: self._tensors[stored] for name, stored in names.items()}
 
     def shapes(self) -> dict[str, Shape]:
         """The shape of every tensor."""
-        return {
-            name: tuple(self._file.get_slice(stored).get_shape())
-            for name, stored in self._names.items()
-        }
+        return {name: spec.shape for name, spec in self._tensors.items()}
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
         """Raise `CheckpointError` unless the file holds exactly these tensors, as floats."""
-        problems = [f"{name}: missing" for name in shapes if name not in self._names]
-        problems += [f"{name}: not part of the model" for name in self._names if name not in shapes]
-        for name in self._names.keys() & shapes.keys():
-            info = self._file.get_slice(self._names[name])
-            if tuple(info.get_shape()) != shapes[name]:
-                found = tuple(info.get_shape())
-                problems.append(f"{name}: shape: expected {shapes[name]}, found {found}")
-            elif info.get_dtype() not in _FLOAT_DTYPES:
-                problems.append(f"{name}: dtype: expected a float, found {info.get_dtype()}")
+        problems = [f"{name}: missing" for name in shapes if name not in self._tensors]
+        problems += [
+            f"{name}: not part of the model" for name in self._tensors if name not in shapes
+        ]
+        for name in self._tensors.keys() & shapes.keys():
+            found = self._tensors[name]
+            if found.shape != shapes[name]:
+                problems.append(f"{name}: shape: expected {shapes[name]}, found {found.shape}")
+            elif found.dtype not in _FLOAT_DTYPES:
+                problems.append(f"{name}: dtype: expected a float, found {found.dtype.upper()}")
         if problems:
             more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
             listed = "\n  ".join(sorted(problems)[:5])

@@ -12,7 +12,7 @@ the header is that of the largest layer and expert number. Source: design.md, se
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, TypeAlias
 
@@ -110,19 +110,27 @@ def plan_shard(
 
 def encode_shard(
     layout: ShardLayout, layer: int, expert: int, arrays: Mapping[str, npt.NDArray[Any]]
-) -> bytearray:
-    """The bytes of one shard; `arrays` are in storage dtype (`dtypes.encode`) and shape.
+) -> bytes:
+    """The bytes of one shard; see `shard_parts`."""
+    return b"".join(shard_parts(layout, layer, expert, arrays))
 
-    Each array is asked for once, in the layout's order: a lazy mapping need not hold them all.
-    Raises `ExportError` for a missing or surplus array, a wrong dtype or a wrong shape.
+
+def shard_parts(
+    layout: ShardLayout, layer: int, expert: int, arrays: Mapping[str, npt.NDArray[Any]]
+) -> Iterator[Buffer]:
+    """The bytes of one shard in parts: the header, then each tensor and the padding before it.
+
+    `arrays` are in storage dtype (`dtypes.encode`) and shape; each is asked for when its turn
+    comes, so a lazy mapping need not hold them all. Raises `ExportError` for a missing or
+    surplus array, a wrong dtype or a wrong shape.
     """
     place = f"layer {layer} expert {expert}"
     expected = {spec.name for spec in layout.tensors}
     if set(arrays) != expected:
         raise ExportError(f"{place}: expected tensors {sorted(expected)}, found {sorted(arrays)}")
     header = encode_header(layout, layer, expert)
-    shard = bytearray(layout.bytes)
-    shard[: len(header)] = header
+    yield header
+    position = len(header)
     for spec in layout.tensors:
         array = arrays[spec.name]
         if array.dtype != STORAGE[spec.dtype] or array.shape != spec.shape:
@@ -130,9 +138,10 @@ def encode_shard(
                 f"{place}: tensor {spec.name}: expected {spec.dtype} {list(spec.shape)},"
                 f" found {array.dtype} {list(array.shape)}"
             )
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        shard[spec.offset : spec.offset + spec.bytes] = data
-    return shard
+        yield bytes(spec.offset - position)
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        position = spec.offset + spec.bytes
+    yield bytes(layout.bytes - position)
 
 
 def encode_header(layout: ShardLayout, layer: int, expert: int) -> bytes:

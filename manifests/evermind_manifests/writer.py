@@ -8,7 +8,9 @@ error, Ctrl-C or a forgotten `finish` leaves nothing behind.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Literal, Self, TypeAlias
@@ -29,7 +31,7 @@ from .manifest import (
 )
 from .paths import check_file_kind, check_path
 from .problems import raise_errors
-from .shard import align, read_header
+from .shard import Buffer, align, read_header
 from .staging import Staging, start_writeback
 from .structure import POOL_ALIGNMENT, check_structure
 from .zip_writer import write_zip
@@ -46,7 +48,7 @@ class PackageWriter:
     """Writes one package to `destination`: a folder, or one file if the name ends in `.zip`.
 
     With `layout="files"` each shard is a file; with `"pool"` shards lie 4 KiB-aligned in
-    files of about 1 GiB. No more than one shard is held in memory. Use it in a `with`;
+    files of about 1 GiB. Nothing that was added is held in memory. Use it in a `with`;
     call `finish` last. Raises `ExportError` where the package cannot be written, also for
     an existing destination unless `overwrite`.
     """
@@ -58,38 +60,58 @@ class PackageWriter:
         self._layout = layout
         self._files: dict[str, FileEntry] = {}
         self._shards: dict[tuple[int, int], Shard] = {}
-        self._pool: _Pool | None = None
+        self._outputs: list[_Output] = []  # being written to
+        self._pool: _Output | None = None  # the one of them that takes the next shards
         self._pools = 0
         self._open = False
 
-    def add_file(self, path: str, data: bytes | bytearray | memoryview) -> None:
+    def add_file(self, path: str, data: Buffer) -> None:
         """Add one file. Raises `PathError` or `UnsupportedError` for a path no package may have."""
         check_path(path)
         check_file_kind(path)
         self._write(path, data)
 
-    def add_shard(self, layer: int, expert: int, data: bytes | bytearray | memoryview) -> None:
-        """Add one expert's shard, as `encode_shard` made it.
+    def add_shard(self, layer: int, expert: int, data: Buffer) -> None:
+        """Add one expert's shard, as `encode_shard` made it; otherwise like `stream_shard`."""
+        self.stream_shard(layer, expert, (data,), memoryview(data).nbytes)
 
-        Raises `ShardError` if it is not the shard of this layer and expert.
+    def stream_shard(self, layer: int, expert: int, parts: Iterable[Buffer], size: int) -> None:
+        """Add one expert's shard of `size` bytes in parts, the first of which holds the header.
+
+        Only one part is held at a time. Raises `ShardError` if it is not the shard of this
+        layer and expert, `ExportError` if the parts have another length together.
         """
         if (layer, expert) in self._shards:
             raise ExportError(f"layer {layer} expert {expert} was added twice")
-        size = memoryview(data).nbytes
-        header = read_header(data, size, f"layer {layer} expert {expert}")
+        where = f"layer {layer} expert {expert}"
+        rest = iter(parts)
+        first = next(rest, b"")
+        header = read_header(first, size, where)
         if (header.layer, header.expert) != (layer, expert):
             raise ExportError(
-                f"layer {layer} expert {expert}: the shard is of layer {header.layer}"
-                f" expert {header.expert}"
+                f"{where}: the shard is of layer {header.layer} expert {header.expert}"
+            )
+        output = self._shard_file(layer, expert, size)
+        begin, digest = output.position, hashlib.sha256()
+        for part in chain((first,), rest):
+            self._put(output, part)
+            if self._layout == "pool":
+                digest.update(part)
+        if output.position - begin != size:
+            raise ExportError(
+                f"{where}: expected {size:,} bytes, found {output.position - begin:,}"
             )
         if self._layout == "files":
-            file, offset = f"experts/l{layer:03d}/e{expert:04d}.moe0", 0
-            digest = self._write(file, data).sha256
-        else:
-            file, offset = self._append(data, size)
-            digest = hashlib.sha256(data).hexdigest()
+            # The file's own digest is the shard's: nothing is hashed twice.
+            digest = output.digest
+            self._close(output)
         self._shards[layer, expert] = Shard(
-            layer=layer, expert=expert, file=file, offset=offset, bytes=size, sha256=digest
+            layer=layer,
+            expert=expert,
+            file=output.path,
+            offset=begin,
+            bytes=size,
+            sha256=digest.hexdigest(),
         )
 
     def finish(self, manifest: Manifest) -> str:
@@ -98,7 +120,8 @@ class PackageWriter:
         `files` and `shards` of `manifest` are replaced by what was written. A README.md
         that was added is kept. Raises `ManifestError` naming what contradicts itself.
         """
-        self._close_pool()
+        if self._pool is not None:
+            self._close(self._pool)
         shards = tuple(self._shards[key] for key in sorted(self._shards))
         manifest = msgspec.structs.replace(manifest, files=dict(self._files), shards=shards)
         if CARD_NAME not in self._files:
@@ -124,25 +147,38 @@ class PackageWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pool is not None:
+        for output in self._outputs:
             # Closing flushes, and fails again where writing did.
             with suppress(OSError):
-                self._pool.file.close()
+                output.file.close()
         if self._open:
             self._open = False
             self._staging.discard()
 
-    def _write(self, path: str, data: bytes | bytearray | memoryview) -> FileEntry:
+    def _write(self, path: str, data: Buffer) -> None:
+        output = self._open_output(path)
+        self._put(output, data)
+        self._close(output)
+
+    def _open_output(self, path: str) -> _Output:
         if path in self._files:
             raise ExportError(f"{path}: was added twice")
-        entry = FileEntry(bytes=memoryview(data).nbytes, sha256=hashlib.sha256(data).hexdigest())
-        with self._staging.disk(entry.bytes), self._create(path) as file:
-            file.write(data)
-            if entry.bytes >= _WRITEBACK_BYTES:
-                file.flush()
-                start_writeback(file.fileno())
-        self._files[path] = entry
-        return entry
+        with self._staging.disk(0):
+            output = _Output(path, self._create(path))
+        self._outputs.append(output)
+        return output
+
+    def _put(self, output: _Output, data: Buffer) -> None:
+        with self._staging.disk(memoryview(data).nbytes):
+            output.write(data)
+
+    def _close(self, output: _Output) -> None:
+        with self._staging.disk(0):
+            output.file.close()
+        self._files[output.path] = FileEntry(
+            bytes=output.position, sha256=output.digest.hexdigest()
+        )
+        self._outputs.remove(output)
 
     def _create(self, path: str) -> BinaryIO:
         assert self._open, "PackageWriter is used in a `with` statement, and finished once"
@@ -150,32 +186,19 @@ class PackageWriter:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.open("xb")
 
-    def _append(self, data: bytes | bytearray | memoryview, size: int) -> tuple[str, int]:
-        """Add a shard to the current pool, or to a new one when it is full."""
+    def _shard_file(self, layer: int, expert: int, size: int) -> _Output:
+        """Where the next shard goes: a file of its own, the current pool, or a new one."""
+        if self._layout == "files":
+            return self._open_output(f"experts/l{layer:03d}/e{expert:04d}.moe0")
         pool = self._pool
         if pool is not None and align(pool.position, POOL_ALIGNMENT) + size > POOL_BYTES:
-            self._close_pool()
+            self._close(pool)
             pool = None
         if pool is None:
-            path = f"experts/pool-{self._pools:03d}.moe0p"
-            with self._staging.disk(0):
-                pool = self._pool = _Pool(path, self._create(path))
+            pool = self._pool = self._open_output(f"experts/pool-{self._pools:03d}.moe0p")
             self._pools += 1
-        offset = align(pool.position, POOL_ALIGNMENT)
-        with self._staging.disk(offset - pool.position + size):
-            pool.write(bytes(offset - pool.position))
-            pool.write(data)
-        return pool.path, offset
-
-    def _close_pool(self) -> None:
-        if self._pool is None:
-            return
-        with self._staging.disk(0):
-            self._pool.file.close()
-        self._files[self._pool.path] = FileEntry(
-            bytes=self._pool.position, sha256=self._pool.digest.hexdigest()
-        )
-        self._pool = None
+        self._put(pool, bytes(align(pool.position, POOL_ALIGNMENT) - pool.position))
+        return pool
 
     def _publish(self) -> None:
         staging = self._staging
@@ -189,8 +212,8 @@ class PackageWriter:
         self._open = False
 
 
-class _Pool:
-    """A pool file being written; flushed at each shard, so that a full disk shows there."""
+class _Output:
+    """A file being written; flushed at each part, so that a full disk shows there."""
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self.path = path
@@ -199,7 +222,7 @@ class _Pool:
         self.digest = hashlib.sha256()
         self._written_back = 0
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: Buffer) -> None:
         self.file.write(data)
         self.file.flush()
         self.digest.update(data)

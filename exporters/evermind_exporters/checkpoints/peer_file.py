@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import os
 import struct
-import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
-from evermind_manifests.descriptor import Descriptor
 from evermind_manifests.errors import CheckpointError
-from evermind_manifests.location import open_regular
 from evermind_manifests.manifest import DType
-from evermind_manifests.store import read_exactly
 
 from . import evermind, evl0, lmbc, moe0
 from .checkpoint import Layout, check_length, read_header
 from .crc import TRAILER_BYTES, check_crc
+from .disk_file import DiskFile
 from .evermind import Container, check_sums, read_container
 from .fnv import OFFSET, fnv1a
 from .params import Family, Shape, canonical_shapes
@@ -54,7 +50,7 @@ class PeerFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises `CheckpointError` for a file that cannot be right, `LocationError` for none."""
-        disk = self._disk = _Disk(path)
+        disk = self._disk = DiskFile(path)
         self.location = disk.location
         self._container = self._open_container()
         self._layout, self._begin, self._end = self._find_checkpoint()
@@ -147,43 +143,10 @@ class PeerFile:
         return int.from_bytes(self._disk.read(0, 4), "little")
 
 
-class _Disk:
-    """Positioned reads from one regular file; its descriptor is closed with the last user."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.location = os.fspath(path)
-        fd, self.size = open_regular(path)
-        self._file = Descriptor(fd, self.location)
-        self._finalizer = weakref.finalize(self, self._file.close)
-
-    def read(self, offset: int, length: int) -> memoryview:
-        buffer = memoryview(bytearray(length))
-        with self._file.use() as fd:
-            read_exactly(fd, offset, buffer, self.location)
-        return buffer
-
-    def check_open(self) -> None:
-        with self._file.use():
-            return
-
-    def close(self) -> None:
-        self._finalizer()
-
-    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        with self._file.use() as fd:
-            with suppress(OSError):
-                if os.preadv(fd, buffers, offset) == sum(buffer.nbytes for buffer in buffers):
-                    return
-            # Short or failed: one by one, with an error that says where.
-            for buffer in buffers:
-                read_exactly(fd, offset, buffer, self.location)
-                offset += buffer.nbytes
-
-
 class _Tensors(Mapping[str, npt.NDArray[np.float32]]):
     """Tensors that lie one after the other from `begin` on."""
 
-    def __init__(self, disk: _Disk, begin: int, dtype: DType, shapes: dict[str, Shape]) -> None:
+    def __init__(self, disk: DiskFile, begin: int, dtype: DType, shapes: dict[str, Shape]) -> None:
         self._disk = disk
         self._dtype: DType = dtype
         self._shapes = shapes
