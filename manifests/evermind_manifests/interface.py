@@ -55,8 +55,9 @@ def interface_problems(
     `graphs` has the graphs that could be read; `resident` is None if its header could not.
     """
     problems: list[Problem] = []
+    more = _more_inputs(manifest)
     for name, kind in manifest.kinds.items():
-        problems += _check_kind(f"kinds[{name!r}]", kind, graphs)
+        problems += _check_kind(f"kinds[{name!r}]", kind, more.get(name, set()), graphs)
     external = {kind.graph_external for kind in manifest.kinds.values()}
     if resident is not None:
         ranges = _Ranges((tensor.dtype, tensor.begin, tensor.end) for tensor in resident.values())
@@ -78,20 +79,33 @@ def check_graph_interface(manifest: Manifest, path: str, info: GraphInfo) -> Non
     raise_errors(interface_problems(manifest, {path: info}, None), path, GraphError)
 
 
-def _check_kind(place: str, kind: Kind, graphs: Mapping[str, GraphInfo]) -> Iterator[Problem]:
+def _more_inputs(manifest: Manifest) -> dict[str, set[str]]:
+    """By kind, the inputs that experts steps bind to its graph besides `x`."""
+    kinds = {entry.layer: entry.kind for entry in manifest.layers}
+    found: dict[str, set[str]] = {}
+    for _, steps in programs(manifest.plan):
+        for step in steps:
+            if isinstance(step, ExpertsStep) and step.layer in kinds:
+                found.setdefault(kinds[step.layer], set()).update(step.inputs)
+    return found
+
+
+def _check_kind(
+    place: str, kind: Kind, more: set[str], graphs: Mapping[str, GraphInfo]
+) -> Iterator[Problem]:
     tensors: dict[str, GraphValue] = {
         spec.name: GraphValue(spec.name, spec.dtype, spec.shape) for spec in kind.tensors
     }
     info = graphs.get(kind.graph)
     if info is not None:
         where = f"{place}.graph ({kind.graph})"
-        yield from _check_bound(where, info, {"x", *tensors}, {"y"})
+        yield from _check_bound(where, info, {"x", *tensors, *more}, {"y"})
         for name, tensor in tensors.items():
             yield from _check_match(where, name, tensor, info.inputs.get(name))
     info = graphs.get(kind.graph_statistics or "")
     if info is not None:
         where = f"{place}.graph_statistics ({kind.graph_statistics})"
-        yield from _check_bound(where, info, {"x", *tensors}, {"y"})
+        yield from _check_bound(where, info, {"x", *tensors, *more}, {"y"})
         for name, tensor in tensors.items():
             yield from _check_match(where, name, tensor, info.inputs.get(name))
         for name, value in info.outputs.items():
@@ -100,7 +114,7 @@ def _check_kind(place: str, kind: Kind, graphs: Mapping[str, GraphInfo]) -> Iter
     info = graphs.get(kind.graph_external or "")
     if info is not None and kind.graph_external is not None:
         where = f"{place}.graph_external ({kind.graph_external})"
-        yield from _check_bound(where, info, {"x"}, {"y"})
+        yield from _check_bound(where, info, {"x", *more}, {"y"})
         ranges = _Ranges(
             (spec.dtype, spec.offset, spec.offset + spec.bytes) for spec in kind.tensors
         )
@@ -254,8 +268,11 @@ class _Program:
         for name, dtype in ((step.ids, "i64"), (step.gates, "f32")):
             expected = GraphValue(name, dtype, (None, top_k))
             yield from _check_match(place, name, expected, self._board.get(name))
-        if info is not None:
-            yield from _check_match(place, step.x, info.inputs.get("x"), self._board.get(step.x))
+        if info is not None and kind is not None:
+            bound = {"x", *step.inputs, *(spec.name for spec in kind.tensors)}
+            yield from _check_bound(f"{place} ({kind.graph})", info, bound, {"y"})
+            for name, value in {"x": step.x, **step.inputs}.items():
+                yield from _check_match(place, name, info.inputs.get(name), self._board.get(value))
             yield from self._write(place, "y", step.y, info.outputs.get("y"))
 
     def _check_graph(self, place: str, step: GraphStep, info: GraphInfo) -> Iterator[Problem]:

@@ -66,10 +66,10 @@ class Kind(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What all experts of one kind share: the graph that runs one, and a shard's layout.
 
     `graph` has the input `x` `(n, d_in)`, one input per tensor, and the output `y`
-    `(n, d_out)`. `graph_external` computes the same from `x` alone, with the tensors as
-    external initializers in `expert.bin` at their shard offsets. `graph_statistics` is
-    `graph` with more outputs, each `(n,)` f32: a statistic of every row, for introspection.
-    `bytes` is the length of a whole shard, a multiple of 64.
+    `(n, d_out)`; an experts step may bind more inputs. `graph_external` computes the same
+    without the tensors, which are external initializers in `expert.bin` at their shard
+    offsets. `graph_statistics` is `graph` with more outputs, each `(n,)` f32: a statistic of
+    every row, for introspection. `bytes` is the length of a whole shard, a multiple of 64.
     """
 
     graph: PackagePath
@@ -120,16 +120,29 @@ class ValueSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StateSpec(Struct, frozen=True, kw_only=True):
-    """A value carried from call to call, of fixed shape, filled with `init` at the start.
+    """A value carried from call to call.
 
-    With `finite`, a call that would leave an infinity or NaN in it fails, and the state stays
-    as it was; the text says what usually is the cause.
+    Of fixed shape, it is filled with `init` at the start. If its first dimension is a name
+    (`"C"`), it grows: it starts with no rows, and the T rows a step writes are appended to
+    it, up to `limit` rows in all. With `finite`, a call that would leave an infinity or NaN
+    in it fails, and the state stays as it was; the text says what usually is the cause.
     """
 
     dtype: DType
-    shape: Shape
+    shape: Dims
     init: float = 0.0
     finite: Text | UnsetType = UNSET
+    limit: PositiveCount | UnsetType = UNSET
+
+    @property
+    def grows(self) -> bool:
+        """Whether rows are appended to it."""
+        return bool(self.shape) and isinstance(self.shape[0], str)
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """The dimensions that do not grow."""
+        return tuple(dim for dim in self.shape if not isinstance(dim, str))
 
 
 class FusedExperts(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -169,6 +182,8 @@ class ExpertsStep(
     `x` `(T, d)`, `ids` `(T, top_k)` i64 and `gates` `(T, top_k)` f32 are blackboard values;
     `y` `(T, d)` is written. Contributions are added in ascending expert order. With
     `skips` an id of -1 stands for no expert; without, it is refused like any other stranger.
+    A gate of exactly 0 needs no expert: it is neither read nor run for that token. `inputs`
+    binds further values, whole, to the expert's graph; for `scope: sequence` only.
     """
 
     layer: Count
@@ -177,6 +192,7 @@ class ExpertsStep(
     gates: Name
     y: Name
     skips: bool = False
+    inputs: dict[Name, Name] = {}
 
 
 Step: TypeAlias = GraphStep | ExpertsStep

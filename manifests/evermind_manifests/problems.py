@@ -108,6 +108,9 @@ CODES: Final[dict[str, Code]] = {
     "state-too-large": Code(
         "structure", "a state would need more than 64 GiB", "Export with a shorter context."
     ),
+    "state-shape": Code(
+        "structure", "a state grows along another dimension than its first", _WRITER
+    ),
     "parameters": Code("structure", "more parameters are active than there are", _WRITER),
     "tokenizer": Code("structure", "the tokenizer needs a file and names none", _REEXPORT),
     "no-parity": Code(

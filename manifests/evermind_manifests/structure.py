@@ -236,9 +236,13 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
     for name in plan.inputs.keys() & plan.state.keys():
         yield problem("plan-redefined", f"plan.state[{name!r}]", "is an input too")
     for name, state in plan.state.items():
-        size = tensor_bytes(state.dtype, state.shape)
+        size = tensor_bytes(state.dtype, state.fixed) * (state.limit or 1)  # unset counts as none
         if size > MAX_STATE_BYTES:
             yield problem("state-too-large", f"plan.state[{name!r}]", f"{size:,} bytes")
+        if len(state.shape) - len(state.fixed) > state.grows:
+            yield problem("state-shape", f"plan.state[{name!r}]", "only the first dimension grows")
+        if state.limit and not state.grows:
+            yield problem("state-shape", f"plan.state[{name!r}]", "limit: this state does not grow")
     for program, steps in programs(plan):
         yield from _check_program(manifest, program, steps)
     taken = {*plan.inputs, *plan.state}
@@ -276,6 +280,8 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             executed[experts.layer] += 1
             if experts.layer not in known:
                 yield problem("plan-experts", place, f"layer {experts.layer} is not in `layers`")
+        if isinstance(step, ExpertsStep) and step.inputs and not _whole(manifest, step.layer):
+            yield problem("plan-experts", place, "inputs: the experts do not see all tokens")
         if isinstance(experts, FusedExperts) and program == "prefill":
             yield problem("plan-experts", place, "fused experts take one token: decode only")
         if isinstance(step, GraphStep) and step.weights and manifest.resident is None:
@@ -300,9 +306,15 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             yield problem("plan-output", place, f"{program} never produces {name!r}")
 
 
+def _whole(manifest: Manifest, layer: int) -> bool:
+    """Whether the layer's experts see the whole sequence; True where another problem is."""
+    kinds = (manifest.kinds.get(entry.kind) for entry in manifest.layers if entry.layer == layer)
+    return all(kind is None or kind.scope == "sequence" for kind in kinds)
+
+
 def _reads(step: Step) -> list[str]:
     if isinstance(step, ExpertsStep):
-        return [step.x, step.ids, step.gates]
+        return [step.x, step.ids, step.gates, *step.inputs.values()]
     experts = step.experts
     if experts is None:
         return list(step.inputs.values())

@@ -1,7 +1,8 @@
 """One token at a time: every buffer bound once, only the k experts rebound at each step.
 
 The bindings belong to a `State` (one IOBinding may not run twice at once) and come in two
-sets, since a step reads one side of the state's buffers and writes the other.
+sets, since a step reads one side of the state's buffers and writes the other. A state that
+grows is bound anew at each step; the row a step adds to it has a buffer of its own.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class _BoundStep:
     gates: Array | None
     names: list[tuple[str, ...]]
     bound: list[Slot | None]
+    # Graph input and state, for each that grows.
+    growing: list[tuple[str, str]]
 
 
 class BoundDecode:
@@ -59,16 +62,23 @@ class BoundDecode:
             )
             for name, spec in plan.inputs.items()
         }
+        self._rows: dict[str, Array] = {
+            name: np.zeros((1, *spec.fixed), dtype=numpy_dtype(spec.dtype))
+            for name, spec in plan.state.items()
+            if spec.grows
+        }
         steps = [step for step in plan.decode if isinstance(step, GraphStep)]
         for step in steps:
             self._allocate(step)
         self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
         # What a step on this side has just written.
-        self._checked = tuple({**self._values, **state.buffers[1 - side]} for side in (0, 1))
+        self._checked = tuple(
+            {**self._values, **self._rows, **state.buffers[1 - side]} for side in (0, 1)
+        )
         # An output taken from a state is what the step just wrote: current after the flip.
         self._outputs = tuple(
             {
-                name: ({**self._values, **written})[spec.value or name]
+                name: ({**self._values, **self._rows, **written})[spec.value or name]
                 for name, spec in plan.outputs.items()
             }
             for written in state.buffers
@@ -95,8 +105,12 @@ class BoundDecode:
         """
         for name, array in inputs.items():
             self._values[name][...] = array
-        pager = self._engine.pager
-        for step in self._sides[self._state.side]:
+        pager, state = self._engine.pager, self._state
+        if self._rows:
+            state.check_room(1)
+        for step in self._sides[state.side]:
+            for name, value in step.growing:
+                step.binding.bind_ortvalue_input(name, _value(state.grown[value].view()))
             if step.ids is None:
                 run_graph(step.graph, step.session, step.binding)
                 continue
@@ -110,8 +124,9 @@ class BoundDecode:
                 run_graph(step.graph, step.session, step.binding)
             finally:
                 pager.release(slots)
-        self._engine.finite.check(self._checked[self._state.side])
-        self._state.flip()
+        self._engine.finite.check(self._checked[state.side])
+        state.append(self._rows)
+        state.flip()
 
     def _rebind(self, step: _BoundStep, slots: list[Slot]) -> None:
         for position, slot in enumerate(slots):
@@ -125,7 +140,7 @@ class BoundDecode:
             output.name: output for output in self._engine.sessions.get(step.graph).get_outputs()
         }
         for name, value in step.outputs.items():
-            if value in self._state.current:
+            if value in self._engine.manifest.plan.state:
                 continue
             shape = [dim if isinstance(dim, int) else 1 for dim in declared[name].shape]
             self._values[value] = np.zeros(shape, dtype=_ONNX_TYPES[declared[name].type])
@@ -135,20 +150,22 @@ class BoundDecode:
         session = engine.sessions.get(step.graph)
         binding = session.io_binding()
         read = {**self._values, **state.buffers[side]}
-        written = {**self._values, **state.buffers[1 - side]}
+        written = {**self._values, **self._rows, **state.buffers[1 - side]}
+        growing = [(name, value) for name, value in step.inputs.items() if value in self._rows]
         for name, value in step.inputs.items():
-            binding.bind_ortvalue_input(name, _value(read[value]))
+            if value not in self._rows:
+                binding.bind_ortvalue_input(name, _value(read[value]))
         for name, tensor in step.weights.items():
             binding.bind_ortvalue_input(name, engine.weight(tensor))
         for name, value in step.outputs.items():
             binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
-            return _BoundStep(step.graph, session, binding, -1, None, None, [], [])
+            return _BoundStep(step.graph, session, binding, -1, None, None, [], [], growing)
         layer, ids = step.experts.layer, read[step.experts.ids]
         gates = read[step.experts.gates] if step.experts.gates else None
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
-        return _BoundStep(step.graph, session, binding, layer, ids, gates, names, bound)
+        return _BoundStep(step.graph, session, binding, layer, ids, gates, names, bound, growing)
 
 
 def _value(array: Array) -> ort.OrtValue:

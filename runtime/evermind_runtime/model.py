@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import ClosedError, InputError
-from evermind_manifests.manifest import Manifest
+from evermind_manifests.manifest import ExpertsStep, Manifest
 from evermind_manifests.package import Package
 
 from . import onnx_runtime
@@ -296,6 +296,7 @@ class Model:
         count = tokens_in(plan, inputs)
         if count == 0:
             return {name: empty_output(plan.outputs[name]) for name in wanted}
+        state.check_room(count)
         chunk = 1 if steps == "decode" else self._chunk(count)
         # A program leaves the state alone when it fails; a later one must not leave it half-way.
         before = state.save() if count > chunk else None
@@ -319,8 +320,17 @@ class Model:
         }
 
     def _chunk(self, count: int) -> int:
-        sequence = any(kind.scope == "sequence" for kind in self.manifest.kinds.values())
-        return count if sequence else PREFILL_CHUNK
+        """An expert that sees the whole sequence, and no state, gets it in one piece."""
+        manifest = self.manifest
+        whole = {
+            layer.layer for layer in manifest.layers if manifest.kinds[layer.kind].scope != "token"
+        }
+        cut = all(
+            step.inputs or step.layer not in whole
+            for step in manifest.plan.prefill
+            if isinstance(step, ExpertsStep)
+        )
+        return PREFILL_CHUNK if cut else count
 
     def _run(
         self, program: Steps, inputs: Mapping[str, Array], state: State, wanted: Sequence[str]

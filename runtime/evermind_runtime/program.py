@@ -69,19 +69,20 @@ def run_program(
     value is not finite that must be, the state is as before. An `observer` sees every expert
     run, in graphs with statistics where the kind has them.
     """
-    board: dict[str, Array] = {**inputs, **state.current}
+    current = state.current
+    board: dict[str, Array] = {**inputs, **current}
     # What replaces the state does so for the next call: later steps read the old value.
     replaced: dict[str, Array] = {}
-    for step in needed_steps(steps, wanted, state.current):
+    for step in needed_steps(steps, wanted, current):
         if isinstance(step, GraphStep):
             values = _run_graph(engine, step, board)
         else:
             values = {step.y: _run_experts(engine, step, board, observer)}
         for name, array in values.items():
-            (replaced if name in state.current else board)[name] = array
+            (replaced if name in current else board)[name] = array
     result = {name: replaced[name] if name in replaced else board[name] for name in wanted}
     engine.finite.check({**result, **replaced})
-    state.restore(replaced)
+    state.advance(replaced)
     return result
 
 
@@ -95,7 +96,7 @@ def needed_steps(
         if isinstance(step, ExpertsStep):
             if step.y in needed:
                 kept.append(step)
-                needed |= {step.x, step.ids, step.gates}
+                needed |= {step.x, step.ids, step.gates, *step.inputs.values()}
         elif needed.intersection(step.outputs.values()):
             kept.append(step)
             needed.update(step.inputs.values())
@@ -146,11 +147,14 @@ def _run_experts(
     """Expert by expert, in ascending order: each is read once and run once, on its tokens.
 
     The order never depends on what happens to be resident, so a paged run adds up the same
-    numbers in the same order as an unpaged one.
+    numbers in the same order as an unpaged one. Where a gate is 0 the expert is not needed.
     """
     x, ids, gates = board[step.x], board[step.ids], board[step.gates]
     kind = engine.kinds[step.layer]
-    tokens = _chosen(step, ids)
+    ids = np.where(gates == 0, -1, _checked(step, ids))
+    tokens: list[list[int]] = ids.tolist()
+    if int(ids.min()) < 0:
+        tokens = [[expert for expert in token if expert >= 0] for token in tokens]
     engine.pager.routed(step.layer, tokens)
     engine.counts.routed(step.layer, ids, gates)
     top_k = ids.shape[1]
@@ -159,39 +163,42 @@ def _run_experts(
     order = order[np.searchsorted(flat[order], 0) :]  # without those that are no expert
     experts, starts = np.unique(flat[order], return_index=True)
     y: npt.NDArray[np.float32] | None = None
-    for expert, chosen in zip(experts.tolist(), np.split(order, starts[1:]), strict=True):
+    # Where nothing is needed there is one empty group, and no expert for it.
+    for expert, chosen in zip(experts.tolist(), np.split(order, starts[1:]), strict=False):
         rows = chosen // top_k
-        gate = gates.ravel()[chosen]
-        if kind.scope == "sequence":
-            # The expert sees every token; those not routed to it get a gate of zero.
-            masked = np.zeros(len(x), dtype=np.float32)
-            masked[rows] = gate
-            rows, gate = np.arange(len(x)), masked
-        output = _run_expert(engine, step.layer, expert, x[rows], observer)
+        whole = kind.scope == "sequence"
+        given = {"x": x if whole else x[rows]}
+        given |= {name: board[value] for name, value in step.inputs.items()}
+        output = _run_expert(engine, step.layer, expert, given, observer)
         if y is None:
             y = np.zeros((len(x), output.shape[1]), dtype=np.float32)
-        y[rows] += gate[:, None] * output
-    if y is None:  # no token is routed anywhere
-        (declared,) = engine.sessions.get(kind.graph).get_outputs()
-        y = np.zeros((len(x), declared.shape[1]), dtype=np.float32)
+        # An expert that sees every token answers for all; only its own take the answer.
+        y[rows] += gates.ravel()[chosen][:, None] * (output[rows] if whole else output)
+    if y is None:  # no token needs any
+        declared = engine.sessions.get(kind.graph).get_outputs()[0].shape[-1]
+        width = declared if isinstance(declared, int) else x.shape[1]
+        y = np.zeros((len(x), width), dtype=np.float32)
     return y
 
 
-def _chosen(step: ExpertsStep, ids: Array) -> list[list[int]]:
-    """For each token the experts it is routed to. Raises `GraphError` if one stands twice."""
+def _checked(step: ExpertsStep, ids: Array) -> Array:
+    """`ids`. Raises `GraphError` if an expert stands twice for a token, or is none."""
     ranked = np.sort(ids, axis=1)
     if ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] != -1)).any():
         raise GraphError(f"{step.ids}: expected different experts for a token, found one twice")
-    tokens: list[list[int]] = ids.tolist()
     least = int(ids.min())
     if least < 0 and not (step.skips and least == -1):
         expected = "experts, or -1 for none" if step.skips else "experts"
         raise GraphError(f"{step.ids}: expected {expected}, found {least}")
-    return [[e for e in token if e >= 0] for token in tokens] if least < 0 else tokens
+    return ids
 
 
 def _run_expert(
-    engine: Engine, layer: int, expert: int, x: Array, observer: Observer | None
+    engine: Engine,
+    layer: int,
+    expert: int,
+    given: Mapping[str, Array],
+    observer: Observer | None,
 ) -> Array:
     kind = engine.kinds[layer]
     graph, statistics = kind.graph, False
@@ -199,7 +206,8 @@ def _run_expert(
         graph, statistics = kind.graph_statistics, True
     session = engine.sessions.get(graph)
     binding = session.io_binding()
-    binding.bind_cpu_input("x", np.ascontiguousarray(x))
+    for name, array in given.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
     names = [output.name for output in session.get_outputs()] if statistics else ["y"]
     for name in names:
         binding.bind_output(name, "cpu")

@@ -2,7 +2,7 @@
 
 A trace is JSON lines: a head that makes it readable without its package, then one line per
 step of a layer with a row of expert ids for each token (a decode step has one, a prefill
-step a chunk):
+step a chunk). A row leaves out experts with a gate of 0, which are not needed:
 
     {"schema":"evermind.trace/1","package":"<sha256>","layers":[{"layer":0,"experts":16,…},…]}
     {"layer":0,"tokens":[[3,7]]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from .golden import arrays, case
+from tests.golden_families import FAMILY_CASES, family_case
 
 _LAYOUTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[[int], int]]] = {
     "base3": (ternary.pack_base3, ternary.unpack_base3, ternary.base3_bytes),
@@ -23,8 +25,13 @@ _LAYOUTS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[[int]
 _FIELDS = {"base3": "base3_5_per_byte", "two_bit": "two_bit_4_per_byte", "power3": "power3_3_bit"}
 
 
+@cache
+def _packing() -> Any:
+    return json.loads((FAMILY_CASES / "tilelli_packing.json").read_text("utf-8"))
+
+
 def _vectors(layout: str) -> list[tuple[list[int], str]]:
-    packing = case("tilelli_packing")
+    packing = _packing()
     values = "power3_levels" if layout == "power3" else "trits"
     found = [(one[values], one[_FIELDS[layout]]) for one in packing["random"]]
     fixed = packing["fixed_levels" if layout == "power3" else "fixed_trits"]
@@ -46,7 +53,7 @@ def test_packs_the_golden_bytes(layout: str) -> None:
 
 
 def test_sizes() -> None:
-    for count, sizes in case("tilelli_packing")["sizes"].items():
+    for count, sizes in _packing()["sizes"].items():
         for layout, (_, _, size) in _LAYOUTS.items():
             assert size(int(count)) == sizes[layout]
 
@@ -113,11 +120,11 @@ def test_refuses_what_stands_for_nothing(layout: str, data: str, count: int, mes
 
 @pytest.mark.parametrize("name", ["w", "half", "zeros"])
 def test_quantisers_match_the_reference(name: str) -> None:
-    weight = arrays("tilelli_quant", "in")[name]
-    out = arrays("tilelli_quant", "out")
+    golden = family_case("tilelli_quant")
+    weight = golden.inputs[name]
 
     def expected(what: str) -> np.ndarray:
-        return out[f"{name}/{what}"]
+        return golden.outputs[f"{name}/{what}"]
 
     def close(found: np.ndarray, what: str) -> None:
         np.testing.assert_allclose(found, expected(what), rtol=1e-6, atol=1e-7)

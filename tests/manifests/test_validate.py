@@ -180,6 +180,11 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "plan.decode[0]",
         "`resident` is not set",
     ),
+    "state-shape": (
+        edit(lambda raw: raw["plan"]["state"]["state"].update(shape=[4, "C"])),
+        "plan.state['state']",
+        "only the first dimension grows",
+    ),
     "state-too-large": (
         edit(lambda raw: raw["plan"]["state"].update(state=HUGE_STATE)),
         "plan.state['state']",

@@ -56,7 +56,8 @@ def absmean(weight: FloatArray, *, per_row: bool = False) -> FloatArray:
     """alpha = max(mean |W|, 1e-5), (1,) or (rows,) float32; the mean is summed in double."""
     rows = np.abs(weight).reshape(len(weight) if per_row else 1, -1)
     alpha = rows.mean(axis=1, dtype=np.float64).astype(np.float32)
-    return np.maximum(alpha, _SMALLEST_ALPHA)
+    floored: FloatArray = np.maximum(alpha, _SMALLEST_ALPHA)
+    return floored
 
 
 def ternarise(weight: FloatArray, *, per_row: bool = False) -> Quantised:
