@@ -19,7 +19,7 @@ LAYERS = {
 ORDER = list(LAYERS)
 FOREIGN = {
     "evermind_manifests": {"msgspec", "msgpack", "numpy"},
-    "evermind_runtime": {"msgspec", "numpy", "onnxruntime", "tokenizers"},
+    "evermind_runtime": {"msgspec", "numpy", "obstore", "onnxruntime", "tokenizers", "urllib3"},
     "evermind_exporters": {"ml_dtypes", "msgspec", "numpy", "onnx", "safetensors", "torch"},
     "evermind_pack": {
         "matplotlib",
@@ -55,7 +55,7 @@ def test_a_layer_imports_only_what_lies_below(layer: str) -> None:
     ("module", "absent"),
     [
         ("evermind_manifests", {"onnxruntime", "onnx", "torch", "tokenizers"}),
-        ("evermind_runtime", {"onnx", "torch", "tokenizers", "safetensors"}),
+        ("evermind_runtime", {"onnx", "torch", "tokenizers", "safetensors", "urllib3", "obstore"}),
         ("evermind_exporters.export", {"torch", "onnxruntime"}),
         ("evermind_exporters.checkpoints", {"torch", "onnx", "onnxruntime", "safetensors"}),
         ("evermind_pack.training", {"onnx", "onnxruntime"}),

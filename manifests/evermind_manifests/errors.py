@@ -71,6 +71,20 @@ class MissingFileError(IntegrityError, FileNotFoundError):
     __str__ = EvermindPackError.__str__
 
 
+class ChangedError(IntegrityError):
+    """A file on a server was replaced while it was being read."""
+
+
+class NetworkError(EvermindPackError, ConnectionError):
+    """A server cannot be reached, refuses, or does not do what HTTP promises."""
+
+    __str__ = EvermindPackError.__str__
+
+
+class OfflineError(NetworkError):
+    """Bytes are needed that are not in the cache, and the network may not be used."""
+
+
 class LocationError(EvermindPackError, FileNotFoundError):
     """A place the user named does not exist, may not be read, or is no file or folder."""
 

@@ -177,13 +177,20 @@ def check_digest(
     """Raise `error` unless `data` has the sha256 `expected` (lower-case hex)."""
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
-        raise error(
-            f"{path}: sha256 mismatch\n"
-            f"  expected {expected} ({MANIFEST_NAME}, {field})\n"
-            f"  found    {found}",
-            hint="The file was changed or damaged after packaging. Fetch it again, or run\n"
-            f"  `evermind-pack validate {package} --deep` for a full report.",
-        )
+        raise digest_error(expected, found, path, field, error, package)
+
+
+def digest_error(
+    expected: str, found: str, path: str, field: str, error: type[DigestError], package: str
+) -> DigestError:
+    """The `error` that says `path` has the sha256 `found`."""
+    return error(
+        f"{path}: sha256 mismatch\n"
+        f"  expected {expected} ({MANIFEST_NAME}, {field})\n"
+        f"  found    {found}",
+        hint="The file was changed or damaged after packaging. Fetch it again, or run\n"
+        f"  `evermind-pack validate {package} --deep` for a full report.",
+    )
 
 
 def shard_place(shard: Shard) -> str:

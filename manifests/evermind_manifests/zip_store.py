@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
 
 from .descriptor import Descriptor
 from .errors import ManifestError, MissingFileError, PathError, TruncatedError
@@ -43,9 +44,16 @@ FULL32: Final = 0xFFFF_FFFF
 _MAX_DIRECTORY_BYTES = 512 * 1024 * 1024
 
 
+# Fills a buffer from an offset of the archive; the text names the place in errors.
+Reader: TypeAlias = Callable[[int, memoryview, str], None]
+
+
 @dataclass(slots=True)
-class _Member:
-    """One file of the archive; `data` is -1 until its local header has been checked."""
+class Member:
+    """One file of the archive; `data` is -1 until its local header has been checked.
+
+    It lies between `header`, where its local header begins, and `limit`.
+    """
 
     name: str
     crc: int
@@ -67,7 +75,7 @@ class ZipStore(Store):
         fd, size = open_regular(file)
         self._file = Descriptor(fd, self.location)
         try:
-            self._members = _read_directory(fd, size, self.location)
+            self._members = read_directory(partial(read_exactly, fd), size, self.location)
         except BaseException:
             self._file.close()
             raise
@@ -113,7 +121,7 @@ class ZipStore(Store):
         self._file.close()
 
     @contextmanager
-    def _member(self, path: str) -> Iterator[tuple[int, _Member]]:
+    def _member(self, path: str) -> Iterator[tuple[int, Member]]:
         """The archive's descriptor, in use, and the member."""
         with self._file.use() as fd:
             member = self._members.get(path)
@@ -121,54 +129,18 @@ class ZipStore(Store):
                 raise MissingFileError(f"{path}: not found in {self.location}")
             if member.data < 0:
                 # Two threads may both do this; they find the same number.
-                member.data = self._find_data(fd, member)
+                member.data = find_data(partial(read_exactly, fd), member, self.location)
             yield fd, member
 
-    def _find_data(self, fd: int, member: _Member) -> int:
-        """Where the member's bytes begin, once its local header agrees with the central one."""
-        where = f"{self.location}: {member.name}"
-        head = bytearray(LOCAL.size)
-        read_exactly(fd, member.header, memoryview(head), where)
-        signature, _, flags, method, _, _, crc, stored, size, name_len, extra_len = LOCAL.unpack(
-            head
-        )
-        rest = bytearray(name_len + extra_len)
-        read_exactly(fd, member.header + LOCAL.size, memoryview(rest), where)
-        if FULL32 in (stored, size):
-            sizes = _zip64_values(bytes(rest[name_len:]), where)
-            if len(sizes) != 2:
-                raise ManifestError(f"{where}: the local header has no ZIP64 sizes")
-            size, stored = sizes
-        found = (signature, flags & ~UTF8_NAMES, method, crc, stored, size, bytes(rest[:name_len]))
-        expected = (
-            LOCAL_SIGNATURE, 0, 0, member.crc, member.size, member.size, member.name.encode()
-        )  # fmt: skip
-        for field, one, other in zip(
-            ("signature", "flags", "method", "crc", "stored size", "size", "name"),
-            expected,
-            found,
-            strict=True,
-        ):
-            if one != other:
-                raise ManifestError(
-                    f"{where}: local header: {field}: expected {one!r} (central directory),"
-                    f" found {other!r}"
-                )
-        data: int = member.header + LOCAL.size + name_len + extra_len
-        if data + member.size > member.limit:
-            raise ManifestError(
-                f"{where}: ends at {data + member.size}, what follows begins at {member.limit}"
-            )
-        return data
 
-
-def _read_directory(fd: int, size: int, where: str) -> dict[str, _Member]:
-    count, begin, length = _find_directory(fd, size, where)
+def read_directory(read: Reader, size: int, where: str) -> dict[str, Member]:
+    """The members of an archive of `size` bytes. Raises `ManifestError` or `TruncatedError`."""
+    count, begin, length = _find_directory(read, size, where)
     if length > _MAX_DIRECTORY_BYTES:
         raise ManifestError(f"{where}: central directory: {length:,} bytes is too much")
     data = bytearray(length)
-    read_exactly(fd, begin, memoryview(data), where)
-    members: dict[str, _Member] = {}
+    read(begin, memoryview(data), where)
+    members: dict[str, Member] = {}
     position = 0
     for _ in range(count):
         member, position = _read_member(data, position, where)
@@ -190,12 +162,48 @@ def _read_directory(fd: int, size: int, where: str) -> dict[str, _Member]:
     return members
 
 
-def _find_directory(fd: int, size: int, where: str) -> tuple[int, int, int]:
+def find_data(read: Reader, member: Member, location: str) -> int:
+    """Where the member's bytes begin, once its local header agrees with the central one."""
+    where = f"{location}: {member.name}"
+    head = bytearray(LOCAL.size)
+    read(member.header, memoryview(head), where)
+    signature, _, flags, method, _, _, crc, stored, size, name_len, extra_len = LOCAL.unpack(head)
+    rest = bytearray(name_len + extra_len)
+    read(member.header + LOCAL.size, memoryview(rest), where)
+    if FULL32 in (stored, size):
+        sizes = _zip64_values(bytes(rest[name_len:]), where)
+        if len(sizes) != 2:
+            raise ManifestError(f"{where}: the local header has no ZIP64 sizes")
+        size, stored = sizes
+    found = (signature, flags & ~UTF8_NAMES, method, crc, stored, size, bytes(rest[:name_len]))
+    expected = (
+        LOCAL_SIGNATURE, 0, 0, member.crc, member.size, member.size, member.name.encode()
+    )  # fmt: skip
+    for field, one, other in zip(
+        ("signature", "flags", "method", "crc", "stored size", "size", "name"),
+        expected,
+        found,
+        strict=True,
+    ):
+        if one != other:
+            raise ManifestError(
+                f"{where}: local header: {field}: expected {one!r} (central directory),"
+                f" found {other!r}"
+            )
+    data: int = member.header + LOCAL.size + name_len + extra_len
+    if data + member.size > member.limit:
+        raise ManifestError(
+            f"{where}: ends at {data + member.size}, what follows begins at {member.limit}"
+        )
+    return data
+
+
+def _find_directory(read: Reader, size: int, where: str) -> tuple[int, int, int]:
     """(members, offset, bytes) of the central directory, which must end where it is described."""
     if size < END.size:
         raise TruncatedError(f"{where}: {size} bytes are too few for a zip")
     tail = bytearray(min(size, END.size + LOCATOR64.size))
-    read_exactly(fd, size - len(tail), memoryview(tail), where)
+    read(size - len(tail), memoryview(tail), where)
     signature, disk, first_disk, here, count, length, begin, comment = END.unpack_from(
         tail, len(tail) - END.size
     )
@@ -214,7 +222,7 @@ def _find_directory(fd: int, size: int, where: str) -> tuple[int, int, int]:
             if end != size - END.size - LOCATOR64.size - END64.size:
                 raise ManifestError(f"{where}: the ZIP64 end record is not where it should be")
             record = bytearray(END64.size)
-            read_exactly(fd, end, memoryview(record), where)
+            read(end, memoryview(record), where)
             signature, _, _, _, disk, first_disk, here, count, length, begin = END64.unpack(record)
             if signature != END64_SIGNATURE:
                 raise ManifestError(f"{where}: the ZIP64 end record is damaged")
@@ -227,7 +235,7 @@ def _find_directory(fd: int, size: int, where: str) -> tuple[int, int, int]:
     return count, begin, length
 
 
-def _read_member(data: bytearray, position: int, where: str) -> tuple[_Member | None, int]:
+def _read_member(data: bytearray, position: int, where: str) -> tuple[Member | None, int]:
     """The next entry of the central directory (None for a folder), and where it ends."""
     if position + CENTRAL.size > len(data):
         raise ManifestError(f"{where}: central directory: cut short at byte {position}")
@@ -273,7 +281,7 @@ def _read_member(data: bytearray, position: int, where: str) -> tuple[_Member | 
     )
     if disk or stored != size:
         raise ManifestError(f"{place}: stored size: expected {size}, found {stored}")
-    return _Member(name, crc, size, header), end
+    return Member(name, crc, size, header), end
 
 
 def _zip64_values(extra: bytes, where: str) -> list[int]:

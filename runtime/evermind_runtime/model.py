@@ -33,6 +33,8 @@ from .resident import Resident
 from .sessions import Sessions
 from .state import Array, State
 from .stats import Stats
+from .stores.options import RemoteOptions
+from .stores.warm_up import warm_up
 from .tokenizer import TextCodec, open_codec
 from .trace import TraceWriter
 
@@ -355,8 +357,9 @@ def load(
     verify: Verify = "first",
     policy: PolicyName = "decayed",
     profile: str | os.PathLike[str] | None = None,
+    remote: RemoteOptions | None = None,
 ) -> Model:
-    """Open a package (a folder, or one `.zip` file) and make it ready to run.
+    """Open a package (a folder, one `.zip` file, or the URL of either) and make it ready to run.
 
     A file of another kind is opened by whoever registered for its first four bytes, see
     `openers.py`; with the `[export]` extra that is the peer's files.
@@ -367,14 +370,18 @@ def load(
     (default: all usable cores). `verify` says when a shard's sha256 is checked: at its
     first read in this model, always, or never. `policy` chooses which expert to give up when
     the budget is spent: `"decayed"`, `"lru"`, or `"pinned"`, which keeps what `profile` (a
-    file; by default the package's own profile.json) says is hot; see docs/paging.md.
+    file; by default the package's own profile.json) says is hot; see docs/paging.md. `remote`
+    says how a URL is read and which package alone will do; see docs/network.md.
 
     Raises `BudgetError` if one step's experts do not fit, `DeviceError` for a device or
     thread count that cannot be had, `InputError` for a policy without the profile it needs,
-    `ManifestError` or `IntegrityError` for a package that is not what it should be.
+    `ManifestError` or `IntegrityError` for a package that is not what it should be, and
+    `NetworkError` for one that cannot be fetched.
     """
-    package = open_location(location)
+    options = remote or RemoteOptions()
+    package = open_location(location, options)
     try:
+        warm_up(package, options)
         return Model(
             package,
             budget=budget,
