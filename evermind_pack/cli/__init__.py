@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a trained model or a peer's checkpoint as a package",
     "inspect": "show what a package holds and which budgets make sense",
     "validate": "check a package: structure, files, digests, graphs, results",
+    "plan": "forecast whether and how fast a model runs here, before any weight is read",
     "run": "generate text, or run arrays through a package, under a memory budget",
     "trace": "record which experts tokens use, and replay it under every policy",
     "convert": "write a package's model as one of the peer's files",

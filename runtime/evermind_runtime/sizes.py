@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from evermind_manifests.dtypes import tensor_bytes
-from evermind_manifests.manifest import Manifest, ValueSpec
+from evermind_manifests.manifest import Manifest, StateSpec
+from msgspec import UNSET
 
 from .layers import ExpertLayer, all_bytes, cycle_bytes, expert_layers, step_bytes
+
+DEFAULT_CONTEXT: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,10 @@ class ModelSizes:
         }
 
 
-def manifest_sizes(manifest: Manifest) -> ModelSizes:
+def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> ModelSizes:
     """What a package's manifest says, and nothing else is read.
 
+    A state that grows is counted for sequences of `context` tokens, or its limit if less.
     The resident part is taken to hold its parameters in one width, so the share of it that a
     token reads is that of the parameters.
     """
@@ -88,9 +92,7 @@ def manifest_sizes(manifest: Manifest) -> ModelSizes:
         layers=expert_layers(manifest),
         resident_bytes=resident,
         active_resident_bytes=min(resident, round(resident * active_trunk / trunk)),
-        state_bytes=sum(
-            tensor_bytes(spec.dtype, spec.shape) for spec in manifest.plan.state.values()
-        ),
+        state_bytes=sum(_state_bytes(spec, context) for spec in manifest.plan.state.values()),
         total_parameters=manifest.parameters.total,
         active_parameters=manifest.parameters.active,
         expert_parameters=experts,
@@ -98,8 +100,8 @@ def manifest_sizes(manifest: Manifest) -> ModelSizes:
     )
 
 
-def generates(manifest: Manifest) -> bool:
-    """Whether the package continues tokens, as `generate` needs it."""
-    plan = manifest.plan
-    tokens: ValueSpec | None = plan.inputs.get("tokens")
-    return tokens is not None and "logits" in plan.outputs
+def _state_bytes(spec: StateSpec, context: int) -> int:
+    one = tensor_bytes(spec.dtype, spec.fixed)
+    if not spec.grows:
+        return one
+    return one * (context if spec.limit is UNSET else min(context, spec.limit))

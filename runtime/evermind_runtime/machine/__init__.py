@@ -78,8 +78,9 @@ def measure_machine(
     block: int,
     working_set: int,
     threads: int | None = None,
+    seconds: float = 2.0,
 ) -> Machine:
-    """Measure; takes about three seconds and at most 256 MiB of memory and of reads each.
+    """Measure for about `seconds`; takes at most 256 MiB of memory, and of each kind of reads.
 
     The disk is measured over `extents`, or if there are none over a temporary file in
     `folder` in blocks of `block` bytes (in the system's temporary folder where that cannot be
@@ -89,9 +90,9 @@ def measure_machine(
     """
     count = threads or len(os.sched_getaffinity(0))
     if extents:
-        where, disk = "the package's own files", measure_disk(extents)
+        where, disk = "the package's own files", measure_disk(extents, seconds=seconds / 2)
     else:
-        where, disk = _measure_beside(folder, block)
+        where, disk = _measure_beside(folder, block, seconds / 2)
     return Machine(
         disk_rate=disk.rate,
         disk_how=disk.how,
@@ -99,20 +100,24 @@ def measure_machine(
         cached_rate=disk.cached_rate,
         block=disk.block,
         readers=disk.readers,
-        memory_rate=memory_rate(count, working_set),
-        matmul_rate=matmul_rate(count),
-        sha256_rate=sha256_rate(),
+        memory_rate=memory_rate(count, working_set, seconds=seconds / 5),
+        matmul_rate=matmul_rate(count, seconds=seconds / 5),
+        sha256_rate=sha256_rate(seconds=seconds / 10),
         threads=count,
         available=available_memory(),
     )
 
 
-def _measure_beside(folder: str | os.PathLike[str], block: int) -> tuple[str, DiskRates]:
+def _measure_beside(
+    folder: str | os.PathLike[str], block: int, seconds: float
+) -> tuple[str, DiskRates]:
     try:
         with temporary_extents(folder, block) as extents:
-            return f"a temporary file in {os.fspath(folder)}", measure_disk(extents)
+            return f"a temporary file in {os.fspath(folder)}", measure_disk(
+                extents, seconds=seconds
+            )
     except OSError:
         # A read-only place: say where the figure is from instead.
         other = tempfile.gettempdir()
         with temporary_extents(other, block) as extents:
-            return f"a temporary file in {other}", measure_disk(extents)
+            return f"a temporary file in {other}", measure_disk(extents, seconds=seconds)

@@ -1,0 +1,319 @@
+"""`evermind-pack plan`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from evermind_manifests.errors import InputError
+from evermind_runtime.budget import parse_size
+from evermind_runtime.forecast import (
+    Forecast,
+    Range,
+    expected_hit_rate,
+    forecast,
+    process_bytes,
+    recommended_budget,
+)
+from evermind_runtime.machine import Machine
+from evermind_runtime.profile import read_profile
+from evermind_runtime.trace import Trace, read_trace
+
+from evermind_pack.planning import Subject, method, open_subject, slot_bytes_of, standard_budgets
+
+from .terminal import human_bytes, positive_int, print_columns, print_json, print_table, remark
+
+EXAMPLES = """\
+  evermind-pack plan demo/package
+  evermind-pack plan demo/package --memory 256MiB --budget 1MiB --budget 25% --json
+  evermind-pack plan demo/package --trace trace.jsonl
+  evermind-pack plan Mixtral-8x7B/config.json --memory 16GiB --disk-rate 3GB
+  evermind-pack plan OLMoE-1B-7B/ --dtype f32 --context 2048"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and what to assume of the machine."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a package, its manifest.json, or a Hugging Face config.json or its folder: "
+        "no weight is read, and none need be there",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        action="append",
+        help="the most experts may take in memory, as for `run`; repeatable "
+        "(default: least, one token's cycle, 25%%, 50%%, all)",
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="what the process may take (default: what is available)"
+    )
+    parser.add_argument(
+        "--disk-rate", metavar="SIZE", help="bytes per second, as 500MB (default: measured)"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=positive_int,
+        default=16,
+        help="the prompt whose first token is forecast (default: 16)",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=positive_int, help="compute threads (default: all cores)"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("decayed", "lru"),
+        default="decayed",
+        help="which experts are given up (default: decayed)",
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", type=Path, help="replay this routing trace for the hit rate"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="JSON",
+        type=Path,
+        help="a routing profile for the hit rate (default: the package's own, if any)",
+    )
+    parser.add_argument(
+        "--context", metavar="N", type=positive_int, help="tokens a sequence has (default: 4096)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("f16", "bf16", "f32"),
+        help="how the experts of a config.json will be stored (default: f16)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the forecasts; 1 where not even the least budget fits."""
+    with open_subject(args.model, dtype=args.dtype or "f16", context=args.context) as subject:
+        if subject.manifest is not None and args.dtype:
+            raise InputError("--dtype has no meaning for a package: it is made")
+        if not subject.sizes.layers:
+            raise InputError(f"{args.model}: there are no experts to page")
+        trace, profile = _routing(args, subject)
+        budgets = _budgets(subject, args.budget)
+        rate = _disk_rate(args.disk_rate)
+        machine = subject.measure(args.threads)
+        if rate is not None:
+            machine = machine.with_disk_rate(rate)
+        memory = _memory(args.memory, machine)
+        best = None if memory is None else recommended_budget(subject.sizes, memory)
+        if best is not None and best not in budgets.values():
+            budgets["recommended"] = best
+        forecasts = {
+            name: forecast(
+                subject.sizes,
+                budget,
+                machine,
+                expected_hit_rate(
+                    subject.sizes, budget, policy=args.policy, trace=trace, profile=profile
+                ),
+                prompt_tokens=args.prompt_tokens,
+                memory=memory,
+            )
+            for name, budget in sorted(budgets.items(), key=lambda item: item[1])
+        }
+    fits = any(one.fits for one in forecasts.values())
+    advice = _advice(subject, memory, forecasts)
+    if args.json:
+        print_json(_as_json(subject, machine, memory, forecasts, advice, trace is not None))
+    else:
+        _print(subject, machine, memory, forecasts, advice, args)
+    return 0 if fits else 1
+
+
+def _routing(args: argparse.Namespace, subject: Subject) -> tuple[Trace | None, Any]:
+    layers = subject.sizes.layers
+    if args.trace and args.profile:
+        raise InputError("give either --trace or --profile: each says what the hit rate is")
+    trace = read_trace(args.trace).of(layers, str(args.trace)) if args.trace else None
+    profile = read_profile(args.profile, layers) if args.profile else subject.profile
+    return trace, profile
+
+
+def _budgets(subject: Subject, texts: list[str] | None) -> dict[str, int]:
+    if texts is None:
+        return standard_budgets(subject.sizes)
+    return {text: parse_size(text, subject.sizes.all_expert_bytes) for text in texts}
+
+
+def _disk_rate(text: str | None) -> float | None:
+    if text is None:
+        return None
+    rate = 0 if text.endswith("%") else parse_size(text, 0, "--disk-rate")
+    if rate <= 0:
+        raise InputError(f"--disk-rate: expected bytes per second, as 500MB, found {text[:80]!r}")
+    return float(rate)
+
+
+def _memory(text: str | None, machine: Machine) -> int | None:
+    available = machine.available.bytes if machine.available else None
+    if text is None:
+        return available
+    if text.endswith("%") and available is None:
+        raise InputError("--memory: this machine does not say how much is available: give bytes")
+    return parse_size(text, available or 0, "--memory")
+
+
+def _advice(
+    subject: Subject, memory: int | None, forecasts: dict[str, Forecast]
+) -> tuple[int | None, str]:
+    """The budget to choose, and why."""
+    sizes = subject.sizes
+    if memory is None:
+        return None, "this machine does not say how much memory is available: give --memory"
+    best = recommended_budget(sizes, memory)
+    if best is None:
+        needed = process_bytes(sizes, sizes.least_budget)
+        return None, (
+            f"does not run in {human_bytes(memory)}: everything but experts and one step's "
+            f"experts take {human_bytes(needed)}, and a tenth should stay free"
+        )
+    if best >= sizes.all_expert_bytes:
+        return best, "all experts fit, so each is read once and never again"
+    if best < sizes.cycle_bytes:
+        return best, (
+            f"the most that fits, but less than the {human_bytes(sizes.cycle_bytes)} one token "
+            "passes through: most experts are read again for every token"
+        )
+    return best, (
+        f"the most experts that {human_bytes(memory)} hold beside everything else, "
+        "with a tenth to spare"
+    )
+
+
+def _as_json(
+    subject: Subject,
+    machine: Machine,
+    memory: int | None,
+    forecasts: dict[str, Forecast],
+    advice: tuple[int | None, str],
+    traced: bool,
+) -> dict[str, Any]:
+    return {
+        "model": subject.name,
+        "family": subject.family,
+        "source": subject.source,
+        "sizes": subject.sizes.to_dict(),
+        "checkpoint_bytes": subject.checkpoint_bytes,
+        "notes": list(subject.notes),
+        "machine": machine.to_dict(),
+        "memory": memory,
+        "routing": "trace" if traced else "model",
+        "forecasts": [{"name": name, **one.to_dict()} for name, one in forecasts.items()],
+        "recommended": {"budget": advice[0], "why": advice[1]},
+        **method(),
+    }
+
+
+def _print(
+    subject: Subject,
+    machine: Machine,
+    memory: int | None,
+    forecasts: dict[str, Forecast],
+    advice: tuple[int | None, str],
+    args: argparse.Namespace,
+) -> None:
+    print_table(model_rows(subject) | machine_rows(machine))
+    print()
+    head = ["budget", "", "tokens/s", "hit rate", "read/token", "first token", "memory", "verdict"]
+    print_columns(
+        [
+            head,
+            *(
+                [
+                    name,
+                    human_bytes(one.budget),
+                    shown(one.tokens_per_second, number),
+                    shown(one.hit_rate, lambda rate: f"{rate:.0%}"),
+                    shown(one.bytes_per_token, lambda count: human_bytes(int(count))),
+                    shown(one.ttft_seconds, seconds),
+                    human_bytes(one.rss),
+                    one.verdict,
+                ]
+                for name, one in forecasts.items()
+            ),
+        ]
+    )
+    print()
+    budget, why = advice
+    if budget is None:
+        print(f"recommended  none: {why}")
+    else:
+        share = budget / max(1, subject.sizes.all_expert_bytes)
+        experts = budget // slot_bytes_of(subject.sizes)
+        print(f"recommended  --budget {budget} ({share:.0%}, {experts:,} experts): {why}")
+    for note in subject.notes:
+        remark(f"note: {note}", quiet=args.quiet)
+    remark(
+        f"ranges go from even to skewed routing; first token: of {args.prompt_tokens} tokens, "
+        "nothing paged in yet; --json has the formula and its inputs",
+        quiet=args.quiet,
+    )
+
+
+def model_rows(subject: Subject) -> dict[str, str]:
+    """What the model is, in rows for a table."""
+    sizes = subject.sizes
+    experts = sum(layer.experts for layer in sizes.layers)
+    rows = {
+        "model": f"{subject.name} ({subject.family}), {sizes.total_parameters:,} parameters, "
+        f"{sizes.active_parameters:,} per token",
+        "experts": f"{experts:,} in {len(sizes.layers)} layers, {human_bytes(slot_bytes_of(sizes))}"
+        f" each: {human_bytes(sizes.all_expert_bytes)}, "
+        f"{human_bytes(sizes.cycle_bytes)} per token",
+        "resident": f"{human_bytes(sizes.resident_bytes)}, and {human_bytes(sizes.state_bytes)} "
+        "of state per sequence",
+    }
+    if subject.checkpoint_bytes is not None:
+        rows["checkpoint"] = f"about {human_bytes(subject.checkpoint_bytes)} to download"
+    return rows
+
+
+def machine_rows(machine: Machine) -> dict[str, str]:
+    """What the machine gives, in rows for a table."""
+    disk = f"{rate(machine.disk_rate)} {machine.disk_note}"
+    if machine.disk_how != "given":
+        disk += (
+            f", {human_bytes(machine.block)} at a time, {machine.readers} reading, "
+            f"over {machine.disk_where}"
+        )
+    rows = {
+        "disk": disk,
+        "page cache": rate(machine.cached_rate),
+        "processor": f"{rate(machine.memory_rate)} from memory, "
+        f"{machine.matmul_rate / 1e9:,.0f} GFLOP/s, {machine.threads} threads; "
+        f"sha256 {rate(machine.sha256_rate)}",
+    }
+    if machine.available is not None:
+        rows["memory"] = f"{human_bytes(machine.available.bytes)} ({machine.available.by})"
+    return rows
+
+
+def shown(values: Range, text: Any) -> str:
+    """A range, or one number where both ends look the same."""
+    low, high = sorted((values.even, values.skewed))
+    one, other = text(low), text(high)
+    return one if one == other else f"{one} to {other}"
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def seconds(value: float) -> str:
+    """`12 ms`, `3.4 s`."""
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.1f} s"
+
+
+def rate(value: float) -> str:
+    """Bytes per second, as `1.2 GB/s`."""
+    return f"{value / 1e9:,.2f} GB/s" if value >= 1e9 else f"{value / 1e6:,.1f} MB/s"

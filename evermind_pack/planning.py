@@ -1,0 +1,147 @@
+"""What `plan` and `bench` forecast for: a package, or a model known by its config only.
+
+Of a package only the manifest is read (and its routing profile, where it has one), of a Hugging
+Face model only `config.json`: no weight is read, and none need be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from evermind_manifests.location import read_head
+from evermind_manifests.manifest import MANIFEST_NAME, Manifest
+from evermind_manifests.package import Package
+from evermind_runtime.forecast import FORMULA, GRAPH_RUN_SECONDS, REPETITION, SKEW
+from evermind_runtime.machine import Extent, Machine, measure_machine, shard_extents
+from evermind_runtime.openers import open_location
+from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile
+from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes
+
+CONFIG_NAME = "config.json"
+ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to forecast for. `extents` are its shards, where they lie on a disk here."""
+
+    name: str
+    family: str
+    source: str
+    sizes: ModelSizes
+    folder: Path
+    extents: tuple[Extent, ...] = ()
+    manifest: Manifest | None = None
+    profile: Profile | None = None
+    checkpoint_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def measure(self, threads: int | None = None) -> Machine:
+        """This machine's figures, measured over the model's own files where it has some."""
+        sizes = self.sizes
+        return measure_machine(
+            self.extents,
+            self.folder,
+            block=max((layer.bytes for layer in sizes.layers), default=2**20),
+            working_set=sizes.resident_bytes + sizes.all_expert_bytes,
+            threads=threads,
+        )
+
+
+@contextmanager
+def open_subject(
+    location: str, *, dtype: ExpertDType = "f16", context: int | None = None
+) -> Iterator[Subject]:
+    """What `location` is: a package in any form, or a `config.json` or the folder it lies in.
+
+    `dtype` is for a config: how its experts will be stored; `context` is how many tokens a
+    sequence has. Raises what opening a package or reading a config raises.
+    """
+    path = Path(location)
+    if path.is_dir() and not (path / MANIFEST_NAME).exists() and (path / CONFIG_NAME).exists():
+        path = path / CONFIG_NAME
+    if path.name == MANIFEST_NAME and path.is_file():
+        location = str(path.parent)
+    elif path.is_file() and (read_head(path, 1) or b"").startswith(b"{"):
+        yield _config_subject(path, dtype, context)
+        return
+    with open_location(location) as package:
+        yield package_subject(package, context)
+
+
+def package_subject(package: Package, context: int | None = None) -> Subject:
+    """A package as it lies."""
+    manifest = package.manifest
+    sizes = manifest_sizes(manifest, context=context or DEFAULT_CONTEXT)
+    profile = None
+    if PROFILE_NAME in manifest.files:
+        profile = parse_profile(package.read_file(PROFILE_NAME), sizes.layers, PROFILE_NAME)
+    place = Path(package.location)
+    return Subject(
+        name=manifest.name,
+        family=manifest.family,
+        source="manifest",
+        sizes=sizes,
+        folder=place if place.is_dir() else place.parent,
+        extents=tuple(shard_extents(package)),
+        manifest=manifest,
+        profile=profile,
+    )
+
+
+def _config_subject(path: Path, dtype: ExpertDType, context: int | None) -> Subject:
+    from evermind_exporters.huggingface import config_sizes, read_config
+
+    counted = config_sizes(read_config(path), str(path), dtype=dtype, context=context)
+    return Subject(
+        name=path.resolve().parent.name,
+        family=counted.model_type,
+        source="config",
+        sizes=counted.sizes,
+        folder=path.resolve().parent,
+        checkpoint_bytes=counted.checkpoint_bytes,
+        notes=(
+            f"experts stored as {dtype}, everything else float32, the state of a sequence of "
+            f"{counted.context:,} tokens",
+            *counted.notes,
+        ),
+    )
+
+
+def standard_budgets(sizes: ModelSizes) -> dict[str, int]:
+    """The budgets worth comparing, smallest first; two that are the same stand together."""
+    total = sizes.all_expert_bytes
+    slot = slot_bytes_of(sizes)
+    named = {
+        "least": sizes.least_budget,
+        "one token's cycle": sizes.cycle_bytes,
+        "25%": total // 4,
+        "50%": total // 2,
+        "all": total,
+    }
+    by_size: dict[int, list[str]] = {}
+    for name, size in sorted(named.items(), key=lambda item: item[1]):
+        if size >= sizes.least_budget:
+            by_size.setdefault(size - size % slot, []).append(name)
+    return {", ".join(names): size for size, names in by_size.items()}
+
+
+def slot_bytes_of(sizes: ModelSizes) -> int:
+    """What one expert takes."""
+    return max((layer.bytes for layer in sizes.layers), default=1)
+
+
+def method() -> dict[str, Any]:
+    """How a forecast comes about: the formula, and the constants in it."""
+    return {
+        "formula": dict(FORMULA),
+        "constants": {
+            "skew": SKEW,
+            "repetition": REPETITION,
+            "graph_run_seconds": GRAPH_RUN_SECONDS,
+        },
+    }

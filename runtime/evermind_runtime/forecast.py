@@ -1,0 +1,279 @@
+"""Will it run in this memory, and how fast: a forecast from sizes and measured rates. Pure.
+
+Each figure is a range, from routing that chooses experts evenly to routing as skewed as
+OLMoE's, unless a recorded trace says more. The formula and its inputs travel with it
+(docs/planning.md), so that `bench` can say how far off it was and why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from .machine import Machine
+from .profile import Profile
+from .replay import replay
+from .sizes import ModelSizes
+from .trace import Trace
+
+# Measured on OLMoE-1B-7B (tests/fixtures/traces), policy `decayed`, from 6 to 75 % of the
+# experts: the odds of a hit are 5.1 to 7.8 times those of even routing.
+SKEW: Final = 5.7
+# There, n tokens in a row use as many experts as n^0.7 that choose independently.
+REPETITION: Final = 0.7
+# One graph run on small matrices, with what Python does around it (benchmarks/spine.py).
+GRAPH_RUN_SECONDS: Final = 60e-6
+# Beside weights and state (docs/architecture.md, "Memory").
+OVERHEAD_BYTES: Final = 100 * 2**20
+# As `evermind_runtime.model` cuts a prompt.
+_CHUNK = 512
+# What a recommended budget leaves of the memory: the page cache and everybody else need some.
+_HEADROOM = 0.1
+
+FORMULA: Final[Mapping[str, str]] = {
+    "tokens_per_second": "1 / (4 * active_parameters / memory_rate + bytes_per_token / disk_rate"
+    " + graph_runs * graph_run_seconds)",
+    "bytes_per_token": "(1 - hit_rate) * cycle_bytes",
+    "hit_rate": "share * odds / (share * odds + 1 - share), where share = budget /"
+    f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's)",
+    "bound": "1 / max(bytes_per_token / disk_rate, active_bytes / memory_rate)",
+    "load_seconds": "resident_bytes * (1 / disk_rate + 1 / sha256_rate)",
+    "ttft_seconds": "prompt_expert_bytes * (1 / disk_rate + 1 / sha256_rate)"
+    " + max(2 * prompt_tokens * active_parameters / matmul_rate,"
+    " 4 * prompt_parameters / memory_rate) + graph_runs of the prompt * graph_run_seconds"
+    " + one token's time",
+    "rss": "resident_bytes + min(budget, all_expert_bytes) + 2 * state_bytes"
+    f" + {OVERHEAD_BYTES // 2**20} MiB",
+}
+"""How each figure comes about, for people; the names are those of the inputs."""
+
+Verdict: TypeAlias = Literal[
+    "fits, all resident", "fits", "fits, but thrashes", "does not fit", "budget too small"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """From even routing to skewed routing; whichever is the larger number."""
+
+    even: float
+    skewed: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What to expect of one budget. Bytes, seconds, tokens per second."""
+
+    budget: int
+    share: float
+    hit_rate: Range
+    bytes_per_token: Range
+    tokens_per_second: Range
+    bound: Range
+    load_seconds: float
+    ttft_seconds: Range
+    rss: int
+    memory: int | None
+    verdict: Verdict
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs at all in this memory."""
+        return self.verdict not in ("does not fit", "budget too small")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"fits": self.fits}
+
+
+def even_hit_rate(share: float) -> float:
+    """Where every expert is as likely as any other: what is resident is the share that hits."""
+    return min(1.0, max(0.0, share))
+
+
+def skewed_hit_rate(share: float, skew: float = SKEW) -> float:
+    """Where the odds of a hit are `skew` times those of even routing."""
+    even = even_hit_rate(share)
+    return even * skew / (even * skew + 1 - even)
+
+
+def expected_hit_rate(
+    sizes: ModelSizes,
+    budget: int,
+    *,
+    policy: str = "decayed",
+    trace: Trace | None = None,
+    profile: Profile | None = None,
+) -> Range:
+    """The share of expert uses found resident, once the cache is warm.
+
+    A `trace` of this model is replayed under the policy; a `profile` gives what its hottest
+    experts would serve, as the lower end. `lru` hits nothing below one token's cycle.
+    """
+    total = sizes.all_expert_bytes
+    if budget >= total:
+        return Range(1.0, 1.0)
+    if budget < sizes.least_budget or (policy == "lru" and budget < sizes.cycle_bytes):
+        return Range(0.0, 0.0)
+    if trace is not None:
+        rate = replay(trace, policy, budget, profile=profile).hit_rate
+        return Range(rate, rate)
+    share = budget / total
+    even, skewed = even_hit_rate(share), skewed_hit_rate(share)
+    if profile is not None:
+        even = _hottest(sizes, budget, profile)
+    return Range(even, max(even, skewed))
+
+
+def forecast(
+    sizes: ModelSizes,
+    budget: int,
+    machine: Machine,
+    hit_rate: Range,
+    *,
+    prompt_tokens: int = 16,
+    memory: int | None = None,
+) -> Forecast:
+    """What a budget (bytes; more than all experts is all of them) gives on this machine.
+
+    `memory` is what the process may take, by default what the machine has available.
+    """
+    total = sizes.all_expert_bytes
+    held = min(budget, total)
+    if memory is None and machine.available is not None:
+        memory = machine.available.bytes
+    rss = process_bytes(sizes, held)
+    return Forecast(
+        budget=held,
+        share=held / total if total else 1.0,
+        hit_rate=hit_rate,
+        bytes_per_token=_each(hit_rate, lambda rate: (1 - rate) * sizes.cycle_bytes),
+        tokens_per_second=_each(hit_rate, lambda rate: 1 / token_seconds(sizes, machine, rate)),
+        bound=_each(
+            hit_rate,
+            lambda rate: bound(
+                (1 - rate) * sizes.cycle_bytes / machine.disk_rate,
+                sizes.active_bytes,
+                machine.memory_rate,
+            ),
+        ),
+        load_seconds=sizes.resident_bytes * (1 / machine.disk_rate + 1 / machine.sha256_rate),
+        ttft_seconds=Range(
+            _ttft(sizes, machine, held, hit_rate.even, prompt_tokens, float(prompt_tokens)),
+            _ttft(sizes, machine, held, hit_rate.skewed, prompt_tokens, prompt_tokens**REPETITION),
+        ),
+        rss=rss,
+        memory=memory,
+        verdict=_verdict(sizes, budget, rss, memory),
+    )
+
+
+def token_seconds(sizes: ModelSizes, machine: Machine, hit_rate: float) -> float:
+    """One decoded token: computing, then reading what was not resident, then the graphs' cost.
+
+    Half-precision weights are computed in float32, which takes as long as float32 weights
+    take to read: hence 4 bytes a parameter.
+    """
+    compute = 4 * sizes.active_parameters / machine.memory_rate
+    # Compute can never beat the bound's own share of it, however the weights are stored.
+    compute = max(compute, sizes.active_bytes / machine.memory_rate)
+    paging = (1 - hit_rate) * sizes.cycle_bytes / machine.disk_rate
+    return compute + paging + sizes.graph_runs * GRAPH_RUN_SECONDS
+
+
+def bound(io_seconds: float, active_bytes: float, memory_rate: float) -> float:
+    """Tokens per second that nothing can beat: reading and computing at once, both at full rate.
+
+    `io_seconds` is what a token's misses take at the disk's rate.
+    """
+    return 1 / max(io_seconds, active_bytes / memory_rate, 1e-12)
+
+
+def process_bytes(sizes: ModelSizes, budget: int) -> int:
+    """What the process takes with that budget filled."""
+    held = min(budget, sizes.all_expert_bytes)
+    return sizes.resident_bytes + held + 2 * sizes.state_bytes + OVERHEAD_BYTES
+
+
+def recommended_budget(sizes: ModelSizes, memory: int) -> int | None:
+    """The largest budget of whole experts that this memory holds with a tenth of it to spare.
+
+    `None` where not even one step's experts fit.
+    """
+    room = int(memory * (1 - _HEADROOM)) - process_bytes(sizes, 0)
+    slot = max((layer.bytes for layer in sizes.layers), default=1)
+    budget = min(sizes.all_expert_bytes, room)
+    budget -= budget % slot
+    return budget if budget >= sizes.least_budget else None
+
+
+def _verdict(sizes: ModelSizes, budget: int, rss: int, memory: int | None) -> Verdict:
+    if budget < sizes.least_budget:
+        return "budget too small"
+    if memory is not None and rss > memory:
+        return "does not fit"
+    if budget >= sizes.all_expert_bytes:
+        return "fits, all resident"
+    return "fits" if budget >= sizes.cycle_bytes else "fits, but thrashes"
+
+
+def _ttft(
+    sizes: ModelSizes,
+    machine: Machine,
+    budget: int,
+    hit_rate: float,
+    tokens: int,
+    choices: float,
+) -> float:
+    """Seconds from a loaded model with nothing paged in to its first token.
+
+    The prompt but for its last token runs expert by expert in chunks; `choices` is how many
+    independent tokens would use as many experts.
+    """
+    read = runs = parameters = 0.0
+    total = sizes.all_expert_bytes
+    chunks = math.ceil((tokens - 1) / _CHUNK)
+    if chunks:
+        choices = choices / chunks
+        first = used = 0.0
+        for layer in sizes.layers:
+            used += layer.experts * (1 - (1 - layer.top_k / layer.experts) ** choices)
+            first = used * layer.bytes
+        # What the budget holds of a chunk is there for the next.
+        read = first * (1 + (chunks - 1) * (1 - budget / total if total else 0.0))
+        runs = chunks * (used + 2 * sizes.graph_runs)
+        per_expert = sizes.expert_parameters / max(1, sum(one.experts for one in sizes.layers))
+        trunk = sizes.total_parameters - sizes.expert_parameters
+        parameters = chunks * (used * per_expert + trunk)
+    compute = max(
+        2 * max(0, tokens - 1) * sizes.active_parameters / machine.matmul_rate,
+        4 * parameters / machine.memory_rate,
+    )
+    paging = read * (1 / machine.disk_rate + 1 / machine.sha256_rate)
+    # The last token finds what the prompt left; alone it reads its whole cycle.
+    last = token_seconds(sizes, machine, hit_rate if chunks else 0.0)
+    return paging + compute + runs * GRAPH_RUN_SECONDS + last
+
+
+def _hottest(sizes: ModelSizes, budget: int, profile: Profile) -> float:
+    """The share of uses that the hottest experts serve which fill the budget."""
+    size = {layer.layer: layer.bytes for layer in sizes.layers}
+    heat = {layer.layer: layer.uses for layer in profile.layers}
+    weight = {layer.layer: layer.top_k for layer in sizes.layers}
+    served = 0.0
+    for layer, expert in profile.hottest():
+        budget -= size[layer]
+        if budget < 0:
+            break
+        served += weight[layer] * heat[layer][expert] / sum(heat[layer])
+    return served / max(1, sum(weight.values()))
+
+
+def _each(hit_rate: Range, figure: Any) -> Range:
+    return Range(figure(hit_rate.even), figure(hit_rate.skewed))

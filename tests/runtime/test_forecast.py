@@ -1,0 +1,262 @@
+"""Forecasts: monotonic, never above the bound, and of the sizes a package really has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from evermind_manifests.manifest import StateSpec
+from evermind_manifests.package import open_package
+from evermind_runtime.forecast import (
+    FORMULA,
+    OVERHEAD_BYTES,
+    SKEW,
+    Range,
+    expected_hit_rate,
+    forecast,
+    process_bytes,
+    recommended_budget,
+    skewed_hit_rate,
+)
+from evermind_runtime.layers import ExpertLayer
+from evermind_runtime.machine import AvailableMemory, Machine
+from evermind_runtime.profile import profile_of
+from evermind_runtime.replay import replay
+from evermind_runtime.sizes import ModelSizes, manifest_sizes
+from evermind_runtime.trace import Trace, TraceStep, read_trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import UNSET, structs
+
+OLMOE = Path(__file__).parent.parent / "fixtures" / "traces" / "olmoe_299.jsonl"
+MACHINE = Machine(
+    disk_rate=1e9,
+    disk_how="direct",
+    disk_where="here",
+    cached_rate=8e9,
+    block=2**20,
+    readers=1,
+    memory_rate=2e10,
+    matmul_rate=1e11,
+    sha256_rate=1.5e9,
+    threads=2,
+    available=AvailableMemory(2**34, "MemAvailable"),
+)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelSizes:
+    experts = draw(st.integers(1, 256))
+    top_k = draw(st.integers(1, experts))
+    parameters = draw(st.integers(1, 10**8))
+    itemsize = draw(st.sampled_from([1, 2, 4]))
+    layers = tuple(
+        ExpertLayer(layer=at, experts=experts, top_k=top_k, bytes=parameters * itemsize)
+        for at in range(draw(st.integers(1, 60)))
+    )
+    trunk = draw(st.integers(1, 10**10))
+    active = draw(st.integers(1, trunk))
+    return ModelSizes(
+        layers=layers,
+        resident_bytes=4 * trunk,
+        active_resident_bytes=4 * active,
+        state_bytes=draw(st.integers(0, 10**10)),
+        total_parameters=trunk + len(layers) * experts * parameters,
+        active_parameters=active + len(layers) * top_k * parameters,
+        expert_parameters=len(layers) * experts * parameters,
+        graph_runs=len(layers) + 1,
+    )
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    rates = [draw(st.floats(1e6, 1e13)) for _ in range(4)]
+    return replace(
+        MACHINE,
+        disk_rate=rates[0],
+        memory_rate=rates[1],
+        matmul_rate=rates[2],
+        sha256_rate=rates[3],
+    )
+
+
+@given(models(), machines(), st.integers(1, 2000), st.data())
+@settings(max_examples=60)
+def test_more_budget_is_never_worse_and_no_forecast_beats_the_bound(
+    sizes: ModelSizes, machine: Machine, prompt: int, data: st.DataObject
+) -> None:
+    total = sizes.all_expert_bytes
+    small, large = sorted(
+        (data.draw(st.integers(0, 2 * total)), data.draw(st.integers(0, 2 * total)))
+    )
+    for policy in ("decayed", "lru"):
+        rates = [expected_hit_rate(sizes, budget, policy=policy) for budget in (small, large)]
+        for one, other in (
+            (rates[0].even, rates[1].even),
+            (rates[0].skewed, rates[1].skewed),
+            (rates[0].even, rates[0].skewed),
+        ):
+            assert 0 <= one <= other <= 1
+        less, more = (
+            forecast(sizes, budget, machine, rate, prompt_tokens=prompt)
+            for budget, rate in zip((small, large), rates, strict=True)
+        )
+        for end in ("even", "skewed"):
+            assert getattr(less.tokens_per_second, end) <= getattr(more.tokens_per_second, end)
+            assert getattr(less.bytes_per_token, end) >= getattr(more.bytes_per_token, end)
+            assert getattr(less.ttft_seconds, end) >= getattr(more.ttft_seconds, end) > 0
+            for one in (less, more):
+                assert getattr(one.tokens_per_second, end) <= getattr(one.bound, end) * (1 + 1e-9)
+        assert less.rss <= more.rss
+        assert more.budget <= total
+
+
+@given(models(), machines(), st.floats(1.1, 100))
+@settings(max_examples=30)
+def test_a_faster_machine_is_never_slower(
+    sizes: ModelSizes, machine: Machine, factor: float
+) -> None:
+    rate = Range(0.3, 0.6)
+    slow = forecast(sizes, sizes.cycle_bytes, machine, rate)
+    for field in ("disk_rate", "memory_rate", "matmul_rate", "sha256_rate"):
+        faster = replace(machine, **{field: getattr(machine, field) * factor})
+        fast = forecast(sizes, sizes.cycle_bytes, faster, rate)
+        assert fast.tokens_per_second.even >= slow.tokens_per_second.even
+        assert fast.ttft_seconds.even <= slow.ttft_seconds.even
+
+
+@given(models(), st.integers(0, 2**42))
+@settings(max_examples=60)
+def test_a_recommended_budget_fits_and_no_expert_more_would(sizes: ModelSizes, memory: int) -> None:
+    best = recommended_budget(sizes, memory)
+    slot = sizes.layers[0].bytes
+    if best is None:
+        assert process_bytes(sizes, sizes.least_budget) > int(memory * 0.9) - slot
+        return
+    assert best % slot == 0
+    assert sizes.least_budget <= best <= sizes.all_expert_bytes
+    assert process_bytes(sizes, best) <= memory
+    if best < sizes.all_expert_bytes:
+        assert process_bytes(sizes, best) + slot > memory * 0.9
+    verdict = forecast(sizes, best, MACHINE, Range(0, 0), memory=memory).verdict
+    assert verdict.startswith("fits")
+
+
+def test_verdicts() -> None:
+    layers = tuple(ExpertLayer(layer=at, experts=8, top_k=2, bytes=2**20) for at in range(4))
+    sizes = ModelSizes(layers, 2**20, 2**20, 0, 2**24, 2**22, 2**23, 5)
+
+    def verdict(budget: int, memory: int = 2**40) -> str:
+        return forecast(sizes, budget, MACHINE, Range(0.5, 0.5), memory=memory).verdict
+
+    assert verdict(2 * 2**20 - 1) == "budget too small"
+    assert verdict(2 * 2**20) == "fits, but thrashes"
+    assert verdict(8 * 2**20 - 1) == "fits, but thrashes"
+    assert verdict(8 * 2**20) == "fits"
+    assert verdict(32 * 2**20) == "fits, all resident"
+    assert verdict(8 * 2**20, memory=OVERHEAD_BYTES + 9 * 2**20 - 1) == "does not fit"
+    assert verdict(8 * 2**20, memory=OVERHEAD_BYTES + 9 * 2**20) == "fits"
+
+
+def test_figures_are_those_of_the_formula() -> None:
+    """By hand, from the formula's text."""
+    layers = tuple(ExpertLayer(layer=at, experts=4, top_k=1, bytes=10**6) for at in range(2))
+    sizes = ModelSizes(layers, 3 * 10**6, 2 * 10**6, 0, 5 * 10**6, 10**6, 4 * 10**6, 3)
+    one = forecast(sizes, 4 * 10**6, MACHINE, Range(0.5, 0.75))
+    inputs = {
+        "active_parameters": 10**6,
+        "memory_rate": 2e10,
+        "disk_rate": 1e9,
+        "graph_runs": 3,
+        "graph_run_seconds": 60e-6,
+        "cycle_bytes": 2 * 10**6,
+        "active_bytes": 4 * 10**6,
+        "resident_bytes": 3 * 10**6,
+        "sha256_rate": 1.5e9,
+        "hit_rate": 0.75,
+    }
+    for name in ("bytes_per_token", "tokens_per_second", "bound", "load_seconds"):
+        inputs[name] = eval(FORMULA[name], {"max": max}, inputs)
+    assert one.bytes_per_token.skewed == inputs["bytes_per_token"] == 500_000
+    assert one.tokens_per_second.skewed == pytest.approx(inputs["tokens_per_second"])
+    assert one.bound.skewed == pytest.approx(inputs["bound"])
+    assert one.load_seconds == pytest.approx(inputs["load_seconds"])
+    share = {"share": 0.25, "odds": SKEW}
+    text = FORMULA["hit_rate"].partition(", where")[0]
+    assert skewed_hit_rate(0.25) == pytest.approx(eval(text, {}, share))
+
+
+def test_the_skew_is_that_of_the_olmoe_trace() -> None:
+    trace = read_trace(OLMOE)
+    total = 16 * 64
+    # The first hundred tokens fill the cache.
+    start = replace(trace, steps=trace.steps[: 100 * 16])
+    for share in (0.125, 0.25, 0.5, 0.75):
+        whole = replay(trace, "decayed", int(total * share))
+        begun = replay(start, "decayed", int(total * share))
+        needs = whole.hits + whole.misses - begun.hits - begun.misses
+        measured = (whole.hits - begun.hits) / needs
+        assert skewed_hit_rate(share) == pytest.approx(measured, abs=0.03)
+
+
+def test_a_trace_or_a_profile_says_more_than_the_range() -> None:
+    trace = read_trace(OLMOE)
+    sizes = ModelSizes(trace.layers, 1, 1, 0, 1, 1, 1, 17)
+    budget = 256
+    expected = replay(trace, "decayed", budget).hit_rate
+    assert expected_hit_rate(sizes, budget, trace=trace) == Range(expected, expected)
+    heat = expected_hit_rate(sizes, budget, profile=profile_of(trace))
+    assert 0.25 < heat.even <= heat.skewed
+    assert expected_hit_rate(sizes, 127, policy="lru") == Range(0, 0)
+    assert expected_hit_rate(sizes, 1024, policy="lru") == Range(1, 1)
+
+
+def test_an_even_profile_serves_its_share() -> None:
+    layers = tuple(ExpertLayer(layer=at, experts=4, top_k=2, bytes=7) for at in range(2))
+    rows = ((0, 1), (2, 3))
+    trace = Trace(layers, tuple(TraceStep(at, (row,)) for row in rows for at in range(2)))
+    sizes = ModelSizes(layers, 1, 1, 0, 1, 1, 1, 3)
+    assert expected_hit_rate(sizes, 4 * 7, profile=profile_of(trace)).even == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("case", ["lm_small", "moe_small", "limbic_small"])
+def test_sizes_are_those_of_the_package(
+    golden_package: Callable[..., Path], case: str, half: bool
+) -> None:
+    path = golden_package(case, half=half)
+    with open_package(path) as package:
+        manifest = package.manifest
+        sizes = manifest_sizes(manifest)
+        shards = [package.read_shard(shard.layer, shard.expert) for shard in manifest.shards]
+    assert sizes.all_expert_bytes == sum(shard.bytes for shard in manifest.shards)
+    assert sizes.cycle_bytes == sum(
+        layer.top_k * manifest.kinds[layer.kind].bytes for layer in manifest.layers
+    )
+    assert sizes.expert_parameters == sum(
+        shard.array(name).size for shard in shards for name in shard.views
+    )
+    assert sizes.total_parameters == manifest.parameters.total
+    resident = (path / str(manifest.resident)).stat().st_size
+    assert sizes.resident_bytes == resident
+    # Float32, and a header: what is left of the parameters lies in it.
+    trunk = sizes.total_parameters - sizes.expert_parameters
+    assert 4 * trunk <= resident <= 4 * trunk + 4096
+    assert sizes.active_resident_bytes <= resident
+    assert sizes.graph_runs == len(manifest.plan.decode)
+
+
+def test_a_state_that_grows_is_counted_for_the_context(
+    golden_package: Callable[..., Path],
+) -> None:
+    with open_package(golden_package("lm_small")) as package:
+        manifest = package.manifest
+    fixed = manifest_sizes(manifest).state_bytes
+    kept = StateSpec(dtype="f32", shape=("C", 2, 8))
+    for limit, context, rows in ((UNSET, 1000, 1000), (300, 1000, 300), (5000, 1000, 1000)):
+        spec = structs.replace(kept, limit=limit)
+        plan = structs.replace(manifest.plan, state={**manifest.plan.state, "keys": spec})
+        grown = manifest_sizes(structs.replace(manifest, plan=plan), context=context)
+        assert grown.state_bytes == fixed + rows * 2 * 8 * 4

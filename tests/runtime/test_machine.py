@@ -1,0 +1,175 @@
+"""Measuring the machine: places, limits, and saying what could not be measured."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evermind_manifests.package import open_package
+from evermind_runtime.machine import (
+    available_memory,
+    drop_pages,
+    file_extents,
+    measure_machine,
+    page_cache,
+    shard_extents,
+)
+from evermind_runtime.machine import disk as disk_module
+from evermind_runtime.machine.disk import Extent, measure_disk, temporary_extents
+from evermind_runtime.machine.processor import matmul_rate, memory_rate, sha256_rate
+
+from tests.packages import export, lm_source
+
+
+def opener(path: Path) -> Any:
+    return lambda flags: os.open(path, os.O_RDONLY | flags)
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nCached: 1 kB\n"}
+
+
+def test_the_least_limit_holds(tmp_path: Path) -> None:
+    found = available_memory(write(tmp_path, MEMINFO))
+    assert found is not None
+    assert (found.bytes, found.by) == (8000 * 1024, "MemAvailable")
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/outer/inner\n",
+            "sys/fs/cgroup/outer/memory.max": "4000000\n",
+            "sys/fs/cgroup/outer/memory.current": "1500000\n",
+            "sys/fs/cgroup/outer/memory.stat": "anon 1\ninactive_file 300000\nactive_file 200000\n",
+            "sys/fs/cgroup/outer/inner/memory.max": "max\n",
+            "sys/fs/cgroup/outer/inner/memory.current": "1000\n",
+        },
+    )
+    found = available_memory(tmp_path)
+    assert found is not None
+    # Page cache is given up when it is needed.
+    assert (found.bytes, found.by) == (3_000_000, "cgroup v2 memory.max")
+
+
+def test_a_first_version_cgroup_whose_path_is_the_hosts(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        {
+            **MEMINFO,
+            "proc/self/cgroup": "9:cpu:/\n4:memory:/on/the/host\n0::/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "2500000\n",
+            "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\ntotal_active_file 0\n",
+        },
+    )
+    found = available_memory(root)
+    assert found is not None
+    assert (found.bytes, found.by) == (0, "cgroup v1 memory.limit_in_bytes")
+    unlimited = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}
+    found = available_memory(write(tmp_path, unlimited))
+    assert found is not None
+    assert found.by == "MemAvailable"
+
+
+def test_an_address_space_limit_is_seen() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmSize")
+    )
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, before[1]))
+        found = available_memory()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert found is not None
+    assert found.by == "RLIMIT_AS"
+    assert 2**27 < found.bytes <= 2**28
+
+
+@pytest.mark.parametrize("form", ["folder", "package.zip"])
+def test_extents_are_the_shards_own_bytes(form: str, tmp_path: Path) -> None:
+    path = export(lm_source(), tmp_path / form)
+    with open_package(path) as package:
+        extents = shard_extents(package)
+        assert len(extents) == len(package.manifest.shards) == 24
+        for shard, extent in zip(package.manifest.shards, extents, strict=True):
+            fd = extent.open(0)
+            found = os.pread(fd, extent.bytes, extent.offset)
+            os.close(fd)
+            expected = bytearray(shard.bytes)
+            package.store.read_into(shard.file, shard.offset, memoryview(expected))
+            assert found == expected
+        assert sum(extent.bytes for extent in file_extents(package)) == sum(
+            entry.bytes for entry in package.manifest.files.values()
+        )
+        rates = measure_disk(extents, seconds=0.05)
+        assert rates.rate > 0
+        assert rates.cached_rate > 0
+        assert rates.block % 4096 == 0
+
+
+def test_without_files_a_temporary_one_is_read_and_removed(tmp_path: Path) -> None:
+    machine = measure_machine(
+        [], tmp_path, block=100_000, working_set=2**20, threads=1, seconds=0.1
+    )
+    assert machine.disk_where == f"a temporary file in {tmp_path}"
+    assert machine.block == 102_400
+    assert list(tmp_path.iterdir()) == []
+    assert machine.to_dict()["threads"] == 1
+    assert machine.with_disk_rate(1.0).disk_how == "given"
+
+
+def test_where_nothing_can_be_written_another_place_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    machine = measure_machine([], missing, block=4096, working_set=1, threads=1, seconds=0.1)
+    assert "missing" not in machine.disk_where
+
+
+def test_a_place_without_direct_reads_is_measured_uncached_or_says_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    with temporary_extents(tmp_path, 2**20) as extents:
+        monkeypatch.setattr(disk_module.page_cache, "cached_bytes", lambda *_: 0)
+        assert measure_disk(extents, seconds=0.05).how == "uncached"
+        monkeypatch.setattr(disk_module.page_cache, "cached_bytes", lambda *_: None)
+        rates = measure_disk(extents, seconds=0.05)
+    assert rates.how == "cached"
+    assert rates.rate == rates.cached_rate
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="gone"):
+        measure_disk([Extent(opener(tmp_path / "gone"), 0, 4096)], seconds=0.01)
+
+
+def test_pages_of_a_mapped_file_stay_and_that_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**20))
+    extent = Extent(opener(path), 0, 2**20)
+    with path.open("rb") as file:
+        if page_cache.cached_bytes(file.fileno(), 0, 2**20) is None:
+            pytest.skip("this system does not tell what its page cache holds")
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert sum(mapped[at] for at in range(0, 2**20, 4096)) == 0
+            assert page_cache.cached_bytes(file.fileno(), 0, 2**20) == 2**20
+            assert not drop_pages([extent])
+
+
+def test_rates_are_those_of_a_processor() -> None:
+    # Bounds that any machine keeps by orders of magnitude: units and counts, not speed.
+    assert 1e8 < memory_rate(2, 2**22, seconds=0.05) < 1e14
+    assert 1e8 < matmul_rate(1, seconds=0.05) < 1e14
+    assert 1e7 < sha256_rate(seconds=0.05) < 1e12
