@@ -38,6 +38,22 @@ def test_decoding_halves_is_the_peers(golden: Callable[[str], GoldenCase]) -> No
     )
 
 
+def test_nearest_halves_are_numpys_around_every_half_and_tie() -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (halves[1:] + halves[:-1]) / 2
+    exact = np.concatenate([halves, ties, np.float32([65519, 1e-8, 1e-38, 1e-45])])
+    bits = exact.view(np.uint32)
+    around = np.concatenate([bits, bits + 1, bits[bits > 0] - 1]).view(np.float32)
+    values = np.concatenate([around, -around])
+    values = values[np.abs(values) < 65520]
+    assert len(values) > 3 * 65536  # several blocks
+    found = encode(values, "f16").view(np.uint16)
+    np.testing.assert_array_equal(found, values.astype(np.float16).view(np.uint16))
+    hostile = np.concatenate([values, np.float32([np.inf, -np.inf, np.nan])])
+    found = encode(hostile, "f16").view(np.uint16)
+    np.testing.assert_array_equal(found, hostile.astype(np.float16).view(np.uint16))
+
+
 @pytest.mark.parametrize(
     ("dtype", "rounding", "largest", "too_large"),
     [
