@@ -1,0 +1,1 @@
+"""Rerunnable measurements; BENCHMARKS.md holds what they gave. Not part of the wheel."""

@@ -1,0 +1,47 @@
+"""Hit rates of the default policy on recorded traces, beside LRU and Belady's bound."""
+
+from __future__ import annotations
+
+from evermind_runtime.layers import all_bytes
+from evermind_runtime.replay import replay
+from evermind_runtime.trace import read_trace
+
+from .common import ROOT, Report, Table, Target, run
+
+TRACES = ROOT / "tests" / "fixtures" / "traces"
+POLICIES = ("decayed", "lru", "belady")
+SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75)
+
+
+def measure(quick: bool) -> Report:
+    rows: list[list[str | int | float | None]] = []
+    below_belady, above_lru = [], []
+    for path in sorted(TRACES.glob("*.jsonl")):
+        trace = read_trace(path)
+        for share in SHARES[2:3] if quick else SHARES:
+            budget = int(share * all_bytes(trace.layers))
+            rates = {name: replay(trace, name, budget).hit_rate for name in POLICIES}
+            rows.append([f"{path.stem}, {share:.4g} of the experts", *rates.values()])
+            below_belady.append(rates["belady"] - rates["decayed"])
+            above_lru.append(rates["decayed"] - rates["lru"])
+    return Report(
+        [Table("Hit rate on recorded traces", ["trace, budget", *POLICIES], rows)],
+        [
+            Target(
+                "default policy against Belady",
+                "at most 0.15 below",
+                f"{max(below_belady):.3f} below at worst",
+                max(below_belady) <= 0.15,
+            ),
+            Target(
+                "default policy against LRU",
+                "never more than 0.01 below",
+                f"{min(above_lru):+.3f} at worst",
+                min(above_lru) >= -0.01,
+            ),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    run(measure)
