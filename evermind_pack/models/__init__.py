@@ -17,6 +17,8 @@ from .limbic import LimbicModel, LimbicOutput
 from .moe_layer import MoeOutput, Routes
 from .reference import reference
 from .shared_expert_moe import SharedExpertMoE
+from .synapse import MODULES as SYNAPSE_MODULES
+from .synapse import SynapseModel
 
 __all__ = [
     "MODELS",
@@ -28,6 +30,7 @@ __all__ = [
     "MoeOutput",
     "Routes",
     "SharedExpertMoE",
+    "SynapseModel",
     "generate",
     "initial_tensors",
     "model_type",
@@ -38,6 +41,7 @@ __all__ = [
 MODELS: dict[str, type[FamilyModel] | Mapping[str, type[FamilyModel]]] = {
     model.family: model for model in (SharedExpertMoE, EvermindLM, LimbicModel)
 }
+MODELS["synapse"] = {"model": SynapseModel} | {one.module: one for one in SYNAPSE_MODULES}
 
 
 def model_type(family: str, config: Mapping[str, Any]) -> type[FamilyModel]:

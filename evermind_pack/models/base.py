@@ -101,3 +101,12 @@ def rows(name: str, array: Array, width: int) -> Tensor:
         raise InputError(f"{name}: expected shape (N, {width}), found {array.shape}")
     # Rounded to float32 first: that is what a package is given.
     return torch.from_numpy(array.astype(np.float32).astype(np.float64))
+
+
+def token_row(tokens: Array, vocabulary: int) -> Tensor:
+    """`tokens` (T,) integers below `vocabulary` as one row (1, T). Raises `InputError`."""
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise InputError(f"tokens: expected (T,) integers, found {tokens.dtype} {tokens.shape}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise InputError(f"tokens: expected ids from 0 to {vocabulary - 1}")
+    return torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)

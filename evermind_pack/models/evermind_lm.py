@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from evermind_manifests.errors import InputError
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, embedding, linear, pad
 
-from .base import Array, EvermindModel
+from .base import Array, EvermindModel, token_row
 from .moe_layer import MoeLayer, MoeOutput, Routes
 
 RMS_EPS = 1e-5
@@ -65,11 +63,7 @@ class EvermindLM(EvermindModel):
     def run(self, *inputs: Array) -> dict[str, Tensor]:
         """`tokens` (T,) integers → `logits` (T, V), and `ids.{l}`, `gates.{l}` (T, K)."""
         (tokens,), vocabulary = inputs, self.config["vocabSize"]
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise InputError(f"tokens: expected (T,) integers, found {tokens.dtype} {tokens.shape}")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-            raise InputError(f"tokens: expected ids from 0 to {vocabulary - 1}")
-        logits, routes = self(torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0))
+        logits, routes = self(token_row(tokens, vocabulary))
         outputs = {"logits": logits[0]}
         for layer, taken in enumerate(routes):
             outputs |= {f"ids.{layer}": taken.experts[0], f"gates.{layer}": taken.gates[0]}

@@ -15,7 +15,10 @@ class FiniteCheck:
     """The states and outputs of one plan that must stay finite; costs nothing if there are none."""
 
     def __init__(self, plan: Plan) -> None:
-        self._states = {name: spec.finite for name, spec in plan.state.items() if spec.finite}
+        # In the order of layers: what one of them spoils, those after it only pass on.
+        names = sorted(plan.state, key=_layer)
+        states = {name: plan.state[name].finite for name in names}
+        self._states = {name: cause for name, cause in states.items() if cause}
         self._outputs = {
             spec.value or name: (name, spec.finite)
             for name, spec in plan.outputs.items()
@@ -33,6 +36,11 @@ class FiniteCheck:
         for value, (name, cause) in self._outputs.items():
             if value in values and not _finite(values[value]):
                 raise _error("output", name, values[value], cause)
+
+
+def _layer(name: str) -> tuple[int, str]:
+    number = name.rpartition(".")[2]
+    return (int(number), name) if number.isdecimal() else (-1, name)
 
 
 def _finite(array: Array) -> bool:

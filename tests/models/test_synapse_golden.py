@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evermind_exporters.checkpoints.synapse_params import (
+from evermind_exporters.families.synapse.params import (
     module_of,
     synapse_config,
     synapse_parameters,
@@ -25,7 +25,7 @@ from evermind_pack.models.synapse import (
     Mamba,
     MambaState,
     RmsNorm,
-    SynapseNetwork,
+    SynapseModel,
     Thalamus,
     Xlstm,
 )
@@ -208,12 +208,12 @@ def test_rmsnorm() -> None:
 
 
 def step_by_step(
-    model: SynapseNetwork, tokens: Tensor, states: Any, *, window: bool
+    model: SynapseModel, tokens: Tensor, states: Any, *, window: bool
 ) -> tuple[Tensor, Any]:
     """Logits of one-token calls, as the seed's rows run: one memory, written by row 0."""
     parts = []
     for step in range(tokens.shape[1]):
-        hidden, _, states = model.run(tokens[:, step : step + 1], states)
+        hidden, _, states = model.steps(tokens[:, step : step + 1], states)
         states = [shared(state, window=window) for state in states]
         parts.append(model.lm_head(hidden))
     return torch.cat(parts, dim=1), states
@@ -233,7 +233,7 @@ def shared(state: LayerState, *, window: bool) -> LayerState:
 def test_model(name: str, half: bool) -> None:
     case = family_case(name)
     given = inputs(case)
-    model = load(SynapseNetwork(config_of(case, "model")), case, half=half)
+    model = load(SynapseModel(config_of(case, "model")), case, half=half)
     logits, states = step_by_step(model, given["input_ids"], None, window=True)
     if half:
         check(case, {"logits_fp16_experts": logits})
@@ -250,9 +250,9 @@ def test_model(name: str, half: bool) -> None:
 @torch.no_grad()
 def test_model_in_one_call() -> None:
     case = family_case("synapse_model")
-    model = load(SynapseNetwork(config_of(case, "model")), case)
+    model = load(SynapseModel(config_of(case, "model")), case)
     tokens = inputs(case)["input_ids"]
-    hidden, routes, _ = model.run(tokens)
+    hidden, routes, _ = model.steps(tokens)
     logits = model.lm_head(hidden)
     found = {"logits": logits}
     for layer, taken in enumerate(routes):

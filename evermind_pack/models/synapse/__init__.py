@@ -9,11 +9,13 @@ from __future__ import annotations
 from .experts import Expert, ExpertPool
 from .fast_weights import FastWeights
 from .mamba import Mamba, MambaState
-from .model import Layer, LayerState, RmsNorm, SynapseNetwork
+from .model import Layer, LayerState, RmsNorm, SynapseModel
+from .modules import MODULES, SynapseModule
 from .thalamus import Thalamus
 from .xlstm import Xlstm, XlstmState
 
 __all__ = [
+    "MODULES",
     "Expert",
     "ExpertPool",
     "FastWeights",
@@ -22,7 +24,8 @@ __all__ = [
     "Mamba",
     "MambaState",
     "RmsNorm",
-    "SynapseNetwork",
+    "SynapseModel",
+    "SynapseModule",
     "Thalamus",
     "Xlstm",
     "XlstmState",

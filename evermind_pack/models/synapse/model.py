@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from evermind_exporters.checkpoints.synapse_params import fast_weights_of, xlstm_of
+from evermind_exporters.families.synapse.params import fast_weights_of, xlstm_of
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from ..base import Array, FamilyModel, token_row
 from ..moe_layer import Routes
 from .experts import ExpertPool
 from .fast_weights import FastWeights
+from .initial import initial_weights
 from .mamba import MambaState
 from .thalamus import Thalamus
 from .xlstm import Xlstm, XlstmState
@@ -77,21 +81,38 @@ class Layer(nn.Module):
         return x, routes, LayerState(cell, mamba, memory)
 
 
-class SynapseNetwork(nn.Module):
-    """`tokens` (B, T) int64 → logits (B, T, V); `config` is that of the module `model`."""
+class SynapseModel(FamilyModel):
+    """`tokens` (B, T) int64 → logits (B, T, V), each sequence from a fresh state.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        width, vocabulary = config["d_model"], config["vocab_size"]
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config["n_layers"]))
-        self.final_norm = RmsNorm(width)
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+    `config`: see `evermind_exporters.families.synapse.params`.
+    """
 
-    def run(
+    family = "synapse"
+    inputs = ("tokens",)
+
+    @classmethod
+    def initial(cls, config: Mapping[str, Any]) -> Mapping[str, npt.NDArray[np.float32]]:
+        """See `FamilyModel.initial`."""
+        return initial_weights(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position; token ids must be below `vocab_size`."""
+        return self.head(self.hidden(tokens)[0])
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, tuple[Routes, ...]]:
+        """The normalised last hidden values (B, T, D), before the head, and the routes."""
+        x, routes, _ = self.steps(tokens)
+        return x, routes
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, D) → logits (…, V)."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def steps(
         self, tokens: Tensor, states: Sequence[LayerState] | None = None
     ) -> tuple[Tensor, tuple[Routes, ...], tuple[LayerState, ...]]:
-        """The normalised last hidden values (B, T, d), each layer's routes and state after."""
+        """As `hidden`, from each layer's state, with the states after."""
         x = embedding(tokens, self.embedding.weight)
         routes, after = [], []
         for number, layer in enumerate(self.layers):
@@ -99,3 +120,22 @@ class SynapseNetwork(nn.Module):
             routes.append(taken)
             after.append(state)
         return self.final_norm(x), tuple(routes), tuple(after)
+
+    def run(self, *inputs: Array) -> dict[str, Tensor]:
+        """`tokens` (T,) integers → `logits` (T, V), and `ids.{l}`, `gates.{l}` (T, K)."""
+        (tokens,), vocabulary = inputs, self.config["vocab_size"]
+        hidden, routes = self.hidden(token_row(tokens, vocabulary))
+        outputs = {"logits": self.head(hidden)[0]}
+        for layer, taken in enumerate(routes):
+            outputs |= {f"ids.{layer}": taken.experts[0], f"gates.{layer}": taken.gates[0]}
+        return outputs
+
+    def _prepare(self, config: Mapping[str, Any]) -> None:
+        super()._prepare({"module": "model", **config})
+
+    def _build(self) -> None:
+        width, vocabulary = self.config["d_model"], self.config["vocab_size"]
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Layer(self.config) for _ in range(self.config["n_layers"]))
+        self.final_norm = RmsNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from evermind_exporters.checkpoints.synapse_params import mamba_of
+from evermind_exporters.families.synapse.params import mamba_of
 from torch import Tensor, nn
 
-from ..moe_layer import Routes
+from ..moe_layer import Routes, smallest_gap
 from .mamba import Mamba, MambaState
 
 
@@ -42,3 +42,7 @@ class Thalamus(nn.Module):
         chosen = probs.gather(-1, experts)
         gates = chosen / chosen.sum(-1, keepdim=True)
         return Routes(experts, gates, probs, logits), context, state
+
+    def route_margin(self, output: tuple[Routes, Tensor, MambaState]) -> float:
+        """The smallest gap between probabilities that decided which experts, and their order."""
+        return smallest_gap(output[0].probs.flatten(0, 1), self.top_k)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
+import numpy as np
 from evermind_manifests.manifest import EXTERNAL_EXPERT_LOCATION
 from evermind_manifests.shard import ShardLayout
 
 from ..blueprint import KindBlueprint
 from ..onnx_graph import ExternalTensor, GraphBuilder
 from .linear import Weight, as_float
+
+# Source: specs/synapse.md, section 1.
+SPARSITY_THRESHOLD: Final = 0.01
 
 
 class Expert(Protocol):
@@ -20,13 +24,26 @@ class Expert(Protocol):
         """Add `Expert(x)` to `b` for `x` `(rows, d_in)` in float32; gives `(rows, d_out)`."""
 
 
+class ExpertWithHidden(Protocol):
+    """One expert's arithmetic, with the hidden values that its sparsity is measured on."""
+
+    def __call__(self, b: GraphBuilder, x: str, weights: Mapping[str, Weight]) -> tuple[str, str]:
+        """As `Expert`, with hidden values `(rows, hidden)` beside the result."""
+
+
 def expert_kind(
     layout: ShardLayout,
     widths: tuple[int, int],
     expert: Expert,
     scope: Literal["token", "sequence"] = "token",
+    with_hidden: ExpertWithHidden | None = None,
 ) -> KindBlueprint:
-    """Both graphs of a kind whose experts take `widths[0]` features and give `widths[1]`."""
+    """All graphs of a kind whose experts take `widths[0]` features and give `widths[1]`.
+
+    The graph of statistics is made of `with_hidden`, where that is given: of each row the
+    `magnitude`, `sqrt(mean(y^2))`, and the `sparsity`, the share of hidden values below 0.01
+    (specs/synapse.md, section 5).
+    """
     as_inputs = GraphBuilder("expert")
     external = {
         spec.name: ExternalTensor(
@@ -39,7 +56,8 @@ def expert_kind(
         x = b.input("x", "f32", ["rows", widths[0]])
         weights = expert_inputs(b, layout) if b is as_inputs else _mounted(b, layout)
         b.output(expert(b, x, weights), "y", "f32", ["rows", widths[1]])
-    return KindBlueprint(as_inputs.build(), as_files.build(), layout, scope)
+    statistics = None if with_hidden is None else _statistics(layout, widths, with_hidden)
+    return KindBlueprint(as_inputs.build(), as_files.build(), layout, scope, statistics)
 
 
 def expert_inputs(b: GraphBuilder, layout: ShardLayout, prefix: str = "") -> dict[str, Weight]:
@@ -75,6 +93,20 @@ def fused_experts(
         total = part if total is None else b.op("Add", total, part)
     assert total is not None, "a layer routes to at least one expert"
     return total
+
+
+def _statistics(layout: ShardLayout, widths: tuple[int, int], expert: ExpertWithHidden) -> bytes:
+    b = GraphBuilder("expert_statistics")
+    x = b.input("x", "f32", ["rows", widths[0]])
+    y, hidden = expert(b, x, expert_inputs(b, layout))
+    b.output(y, "y", "f32", ["rows", widths[1]])
+    features = b.const([1])
+    square = b.op("ReduceMean", b.op("Mul", y, y), features, keepdims=0)
+    b.output(b.op("Sqrt", square), "magnitude", "f32", ["rows"])
+    small = b.op("Less", b.op("Abs", hidden), b.const(SPARSITY_THRESHOLD, np.float32))
+    share = b.op("ReduceMean", b.cast(small, "f32"), features, keepdims=0)
+    b.output(share, "sparsity", "f32", ["rows"])
+    return b.build()
 
 
 def _mounted(b: GraphBuilder, layout: ShardLayout) -> dict[str, Weight]:

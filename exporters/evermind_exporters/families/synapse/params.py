@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from evermind_manifests.errors import ConfigError
+
+from ...config_fields import ConfigFields
 
 Module: TypeAlias = Literal["model", "expert", "pool", "mamba", "thalamus", "xlstm", "fast_weights"]
 Shape: TypeAlias = tuple[int, ...]
@@ -29,7 +31,6 @@ _EXPERT_NAMES: Final = (
     "planning",
 )
 
-_MAX_DIM = 2**32 - 1
 _MAX_TENSORS = 1_000_000
 # Key → default (None: needed, or computed from the others in `_computed`).
 _DIMS: Final[dict[Module, dict[str, int | None]]] = {
@@ -86,51 +87,30 @@ def module_of(names: Collection[str]) -> Module | None:
     return next((module for module, marks in _MARKS.items() if marks <= found), None)
 
 
-def is_run_time_state(name: str) -> bool:
-    """Whether a state-dict entry is a buffer of the running model, not a weight."""
-    return name == "fast_weights" or name.endswith(".memory.fast_weights")
-
-
 def expert_names(count: int) -> tuple[str, ...]:
     """The seed's labels for a router's experts."""
     return (*_EXPERT_NAMES[:count], *(f"expert_{index}" for index in range(8, count)))
 
 
-def synapse_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of one module with defaults filled in; unknown keys are kept.
+def synapse_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of one module with defaults filled in; `raw["module"]` says which.
 
-    `config["module"]` says which. Raises `ConfigError` for one that is not known, a dimension
-    that is no integer from 1 up, or values that contradict one another.
+    Raises `ConfigError` for a module or field that is not known, a value out of range, or
+    values that contradict one another.
     """
-    module = config.get("module", "model")
-    if module not in MODULES:
-        raise ConfigError(
-            f"synapse config: module: expected one of {', '.join(MODULES)}, found {module!r}"
-        )
+    fields = ConfigFields("synapse", raw)
+    module = cast(Module, fields.choice("module", MODULES, "model"))
     result: dict[str, Any] = {"module": module}
     for key, default in _DIMS[module].items():
-        if default is None:
-            default = _computed(key, result)
-        value = config.get(key, default)
-        if type(value) is not int or not 1 <= value <= _MAX_DIM:
-            raise ConfigError(
-                f"synapse config: {key}: expected an integer from 1 to {_MAX_DIM}, found {value!r}"
-            )
-        result[key] = value
+        result[key] = fields.integer(key, _computed(key, result) if default is None else default)
     for key, number in _NUMBERS.get(module, {}).items():
-        value = config.get(key, number)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(
-                f"synapse config: {key}: expected a number from 0 to 1, found {value!r}"
-            )
-        result[key] = float(value)
+        result[key] = fields.number(key, number, low=0.0, high=1.0)
     for key, flag in _FLAGS.get(module, {}).items():
-        value = config.get(key, flag)
-        if not isinstance(value, bool):
-            raise ConfigError(f"synapse config: {key}: expected true or false, found {value!r}")
-        result[key] = value
+        result[key] = fields.flag(key, flag)
+    result["seed"] = fields.integer("seed", 0, low=0, high=2**53)
+    fields.finish()
     _check(module, result)
-    return result | {key: value for key, value in config.items() if key not in result}
+    return result
 
 
 def synapse_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -208,6 +188,8 @@ def _check(module: Module, config: Mapping[str, Any]) -> None:
         problems.append(
             f"top_k: expected at most n_experts = {config['n_experts']}, found {config['top_k']}"
         )
+    if module == "mamba" and config["d_conv"] < 2:
+        problems.append(f"d_conv: expected 2 or more, found {config['d_conv']}")
     if module == "mamba" and config["d_inner"] != config["expand"] * config["d_model"]:
         problems.append(
             f"d_inner: expected expand * d_model = {config['expand'] * config['d_model']}, "
