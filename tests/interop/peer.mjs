@@ -87,6 +87,16 @@ const OPERATIONS = {
     };
   },
 
+  // What benchmarks/ compares with: logits of the prompt, and a sampled continuation, timed.
+  generate({ config, checkpoint, tokens, steps, temperature, seed }) {
+    const model = new EvermindLM(config);
+    model.loadWeights(bytes(checkpoint));
+    const logits = floats(model.forward(tokens).logits);
+    const started = performance.now();
+    const made = model.generate(tokens, { maxNewTokens: steps, temperature, seed });
+    return { logits, tokens: made, milliseconds: performance.now() - started };
+  },
+
   // An .evermind file we wrote: parse, validate, load, run, write it again.
   open({ family, blob, inputs }) {
     const parsed = EvermindModelPackage.fromBlob(bytes(blob));
