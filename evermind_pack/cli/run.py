@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="what --policy pinned keeps (default: the package's own profile.json)",
     )
+    parser.add_argument(
+        "--io",
+        choices=("auto", "direct", "buffered"),
+        default="auto",
+        help="read experts directly from the disk, or through the page cache (default: what "
+        "should be the faster)",
+    )
     text = parser.add_argument_group("generation (--prompt, --tokens)")
     text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
     text.add_argument(
@@ -98,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
                 verify=args.verify,
                 policy=args.policy,
                 profile=args.profile,
+                io=args.io,
             )
         )
         for warning in caught:
@@ -205,6 +213,10 @@ def _counters(model: Model) -> dict[str, Any]:
         "expert_misses": stats.expert_misses,
         "hit_rate": stats.hit_rate,
         "bytes_read": stats.bytes_read,
+        "read_seconds": stats.read_seconds,
+        "wait_seconds": stats.wait_seconds,
+        "io": stats.io,
+        "io_note": stats.io_note,
         "peak_resident_expert_bytes": stats.peak_resident_expert_bytes,
         "budget_bytes": stats.budget_bytes,
         "device": model.device,
@@ -218,7 +230,7 @@ def _counter_rows(model: Model) -> dict[str, str]:
     return {
         "experts": f"{stats.expert_hits:,} hits, {stats.expert_misses:,} misses "
         f"({stats.hit_rate:.0%} hits)",
-        "read": human_bytes(stats.bytes_read),
+        "read": f"{human_bytes(stats.bytes_read)}, {stats.io}; waited {stats.wait_seconds:.2f} s",
         "resident": f"at most {human_bytes(stats.peak_resident_expert_bytes)} of experts, "
         f"budget {human_bytes(stats.budget_bytes)}",
     }

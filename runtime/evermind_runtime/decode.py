@@ -118,12 +118,9 @@ class BoundDecode:
             pager.routed(step.layer, tokens)
             gates = None if step.gates is None else step.gates.tolist()[0]
             self._engine.counts.routed_one(step.layer, tokens[0], gates)
-            slots = pager.acquire(step.layer, tokens[0])
-            try:
+            with pager.acquire(step.layer, tokens[0]) as slots:
                 self._rebind(step, slots)
                 run_graph(step.graph, step.session, step.binding)
-            finally:
-                pager.release(slots)
         self._engine.finite.check(self._checked[state.side])
         state.append(self._rows)
         state.flip()

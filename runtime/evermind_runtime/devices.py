@@ -6,7 +6,10 @@ once over it, so that a page-in is one read and a binding is one call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import mmap
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,6 +18,7 @@ from evermind_manifests.errors import DeviceError
 from evermind_manifests.manifest import DType, Kind, TensorSpec
 
 from . import onnx_runtime
+from .layers import DIRECT_BYTES
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -31,25 +35,28 @@ _NUMPY: dict[DType, Any] = {
     "bool": np.bool_,
 }
 _ONNX_BFLOAT16 = 16
-_LARGE = 64 * 1024
-_PAGE = 4096
 _CACHE_LINE = 64
 
 
 class Slot(Protocol):
     """Room for one expert of any kind of the package.
 
-    Owned by the pager: `pins` and the content change only under its lock. All slots of a
-    package are as large as its largest kind, so memory never has to move between kinds.
+    Owned by the pager: `pins` and `valid` change only under its lock. All slots of a package
+    are as large as its largest kind, so memory never has to move between kinds.
     """
 
     bytes: int
+    #: How many steps and readers use it.
     pins: int
-    #: Host memory that takes a shard's bytes.
-    buffer: npt.NDArray[np.uint8]
+    #: Whether it holds an expert, verified and ready to be bound.
+    valid: bool
 
-    def upload(self) -> None:
-        """Make what was just read into `buffer` what `bind` binds."""
+    def filling(self) -> AbstractContextManager[memoryview]:
+        """Host memory that takes a shard's bytes; leaving it without an error takes them over.
+
+        At least `bytes` long, and page-aligned where `bytes` is `DIRECT_BYTES` or more. Only
+        one thread fills a slot at a time, but several threads fill different slots.
+        """
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
         """Bind the tensors of an expert of `kind`, in order, to these graph inputs."""
@@ -73,23 +80,26 @@ class CpuDevice:
         self.providers: list[Any] = ["CPUExecutionProvider"]
 
     def new_slot(self, size: int) -> Slot:
-        """Host memory, page-aligned where the expert is large enough to be worth it."""
+        """Host memory, in pages of its own where it is read into directly."""
         return _CpuSlot(size)
 
 
 class _CpuSlot:
-    __slots__ = ("_values", "buffer", "bytes", "pins")
+    __slots__ = ("_filling", "_values", "buffer", "bytes", "pins", "valid")
 
     def __init__(self, size: int) -> None:
-        self.buffer = _aligned(size)
+        self.buffer = _host_memory(size)
+        self._filling = nullcontext(self.buffer.data)
         self.bytes = size
         self.pins = 0
+        self.valid = False
         # By the kind's identity: hashing a kind's whole layout at every step would cost more
         # than the step's bindings.
         self._values: dict[int, tuple[ort.OrtValue, ...]] = {}
 
-    def upload(self) -> None:
-        """Nothing to do: the values are views of the buffer."""
+    def filling(self) -> AbstractContextManager[memoryview]:
+        """The buffer itself: the values are views of it."""
+        return self._filling
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
         values = self._values.get(id(kind))
@@ -104,7 +114,7 @@ class _CpuSlot:
 
 
 class CudaDevice:
-    """Slots are device memory; page-ins go through one host buffer."""
+    """Slots are device memory; page-ins go through host buffers, one for every reader."""
 
     def __init__(self, index: int = 0) -> None:
         available = onnx_runtime.require().get_available_providers()
@@ -119,32 +129,53 @@ class CudaDevice:
         self._index = index
         options = {"device_id": str(index), "arena_extend_strategy": "kSameAsRequested"}
         self.providers: list[Any] = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-        self._staging: npt.NDArray[np.uint8] | None = None
+        self._staging = _Staging()
 
     def new_slot(self, size: int) -> Slot:
-        """Device memory, and the staging buffer all slots share (the pager's lock guards it)."""
-        if self._staging is None:
-            self._staging = _aligned(size)
-        return _CudaSlot(self._staging, self._index)
+        """Device memory, filled through the staging buffers that all slots share."""
+        return _CudaSlot(size, self._staging, self._index)
+
+
+class _Staging:
+    """Host buffers between a reader and the device: as many as are in use at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[tuple[npt.NDArray[np.uint8], ort.OrtValue]] = []
+
+    @contextmanager
+    def borrow(self, size: int) -> Iterator[tuple[npt.NDArray[np.uint8], ort.OrtValue]]:
+        """A buffer and an OrtValue over it, nobody else's until the `with` ends."""
+        with self._lock:
+            staged = self._idle.pop() if self._idle else None
+        if staged is None:
+            buffer = _host_memory(size)
+            staged = buffer, host_value(buffer, "u8")
+        try:
+            yield staged
+        finally:
+            with self._lock:
+                self._idle.append(staged)
 
 
 class _CudaSlot:
-    __slots__ = ("_index", "_memory", "_staged", "buffer", "bytes", "pins")
+    __slots__ = ("_index", "_memory", "_staging", "bytes", "pins", "valid")
 
-    def __init__(self, staging: npt.NDArray[np.uint8], index: int) -> None:
+    def __init__(self, size: int, staging: _Staging, index: int) -> None:
         OrtValue = onnx_runtime.require().OrtValue
-        self.buffer = staging
-        self.bytes = staging.nbytes
+        self.bytes = size
         self.pins = 0
+        self.valid = False
         self._index = index
-        self._staged = host_value(staging, "u8")
-        self._memory = OrtValue.ortvalue_from_shape_and_type(
-            [staging.nbytes], np.uint8, "cuda", index
-        )
+        self._staging = staging
+        self._memory = OrtValue.ortvalue_from_shape_and_type([size], np.uint8, "cuda", index)
 
-    def upload(self) -> None:
-        """Copy the staging buffer to the device; returns when it is there."""
-        onnx_runtime.require().copy_tensors([self._staged], [self._memory])
+    @contextmanager
+    def filling(self) -> Iterator[memoryview]:
+        """A staging buffer; what it holds is on the device when the `with` has ended."""
+        with self._staging.borrow(self.bytes) as (buffer, value):
+            yield buffer.data
+            onnx_runtime.require().copy_tensors([value], [self._memory])
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
         base = self._memory.data_ptr()
@@ -165,10 +196,12 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
     raise DeviceError(f"device: expected 'cpu', 'cuda' or 'cuda:N', found {name!r}")
 
 
-def _aligned(size: int) -> npt.NDArray[np.uint8]:
-    alignment = _PAGE if size >= _LARGE else _CACHE_LINE
-    raw = np.empty(size + alignment, dtype=np.uint8)
-    start = -raw.ctypes.data % alignment
+def _host_memory(size: int) -> npt.NDArray[np.uint8]:
+    if size >= DIRECT_BYTES:
+        # Whole pages that belong to nobody else: what direct reads need, and what is counted.
+        return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+    raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
+    start = -raw.ctypes.data % _CACHE_LINE
     return raw[start : start + size]
 
 

@@ -26,11 +26,12 @@ from .introspection import Introspection, report
 from .layers import expert_layers
 from .observer import Observer
 from .openers import open_location
-from .pager import Pager, Verify
+from .pager import Pager
 from .profile import PROFILE_NAME, Profile, parse_profile, read_profile
 from .program import Engine, run_program
 from .resident import Resident
 from .sessions import Sessions
+from .shard_reader import IoMode, Verify
 from .state import Array, State
 from .stats import Stats
 from .stores.options import RemoteOptions
@@ -62,9 +63,8 @@ class Model:
         verify: Verify,
         policy: PolicyName = "decayed",
         profile: str | os.PathLike[str] | None = None,
+        io: IoMode = "auto",
     ) -> None:
-        if verify not in get_args(Verify):
-            raise InputError(f"verify: expected one of {get_args(Verify)}, found {verify!r}")
         self._package = package
         manifest = package.manifest
         total = total_expert_bytes(manifest)
@@ -77,7 +77,7 @@ class Model:
             self.budget,
             _read_profile(package, profile) if profile or policy == "pinned" else None,
         )
-        self._pager = Pager(package, self._device, self.budget, chosen, verify=verify)
+        self._pager = Pager(package, self._device, self.budget, chosen, verify=verify, io=io)
         self._trace: TraceWriter | None = None
         self._closed = False
         resident = Resident(package)
@@ -248,16 +248,20 @@ class Model:
 
     def stats(self) -> Stats:
         """Counters since loading."""
-        counters = self._pager.counters
+        pager = self._pager
+        counters, slots = pager.counters, pager.slots.counters
         return Stats(
             tokens=self._tokens,
             expert_hits=counters.hits,
             expert_misses=counters.misses,
-            evictions=counters.evictions,
+            evictions=slots.evictions,
             bytes_read=counters.bytes_read,
             read_seconds=counters.read_seconds,
-            resident_expert_bytes=counters.resident_bytes,
-            peak_resident_expert_bytes=counters.peak_resident_bytes,
+            wait_seconds=counters.wait_seconds,
+            io=pager.reader.mode,
+            io_note=pager.reader.note,
+            resident_expert_bytes=slots.resident_bytes,
+            peak_resident_expert_bytes=slots.peak_resident_bytes,
             budget_bytes=self.budget,
         )
 
@@ -358,6 +362,7 @@ def load(
     policy: PolicyName = "decayed",
     profile: str | os.PathLike[str] | None = None,
     remote: RemoteOptions | None = None,
+    io: IoMode = "auto",
 ) -> Model:
     """Open a package (a folder, one `.zip` file, or the URL of either) and make it ready to run.
 
@@ -371,12 +376,14 @@ def load(
     first read in this model, always, or never. `policy` chooses which expert to give up when
     the budget is spent: `"decayed"`, `"lru"`, or `"pinned"`, which keeps what `profile` (a
     file; by default the package's own profile.json) says is hot; see docs/paging.md. `remote`
-    says how a URL is read and which package alone will do; see docs/network.md.
+    says how a URL is read and which package alone will do; see docs/network.md. `io` says how
+    experts are read: `"direct"` from the disk into place, `"buffered"` through the page cache,
+    or what should be the faster of them.
 
     Raises `BudgetError` if one step's experts do not fit, `DeviceError` for a device or
-    thread count that cannot be had, `InputError` for a policy without the profile it needs,
-    `ManifestError` or `IntegrityError` for a package that is not what it should be, and
-    `NetworkError` for one that cannot be fetched.
+    thread count that cannot be had, `InputError` for a policy without the profile it needs
+    or direct reads that cannot be had, `ManifestError` or `IntegrityError` for a package that
+    is not what it should be, and `NetworkError` for one that cannot be fetched.
     """
     options = remote or RemoteOptions()
     package = open_location(location, options)
@@ -390,6 +397,7 @@ def load(
             verify=verify,
             policy=policy,
             profile=profile,
+            io=io,
         )
     except BaseException:
         package.close()

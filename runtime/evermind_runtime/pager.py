@@ -1,32 +1,36 @@
 """The pager: experts in and out of memory under a hard byte budget.
 
 `acquire` gives the slots of the experts a step needs, reading the missing ones; they stay
-pinned until `release`. Nothing pinned is ever evicted, and the bytes of all slots together
-never exceed the budget. One lock guards everything; requests from several threads take
-turns, and one that finds all room pinned by others waits for their release.
+pinned until its `with` ends. `read_ahead` begins with what will be needed soon.
+Nothing pinned is ever evicted, and the bytes of all slots together never exceed the budget.
+A request that finds all room pinned by others waits, holding nothing, for their release.
+
+One lock guards all that is known of slots; it is never held while bytes are read. A read is a
+*job*: a caller that needs experts now does the work itself, helped by the reader threads where
+experts are large, and waits for what another has begun to read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from types import TracebackType
 
-from evermind_manifests.errors import GraphError, ShardDigestError
-from evermind_manifests.manifest import Shard
-from evermind_manifests.package import Package, check_digest, shard_place
-from evermind_manifests.shard import check_shard, read_header
+from evermind_manifests.errors import ClosedError, GraphError
+from evermind_manifests.package import Package
 
 from .budget import check_budget
 from .devices import Device, Slot
 from .layers import slot_bytes
 from .policies import ExpertKey, Policy
-
-Verify: TypeAlias = Literal["first", "always", "never"]
+from .read_plan import AHEAD, plan_batches, reads_in_threads
+from .readers import Readers
+from .shard_reader import IoMode, ReadAbandonedError, ShardReader, Verify
+from .slots import SlotTable
 
 
 @dataclass(slots=True)
@@ -35,11 +39,11 @@ class PagerCounters:
 
     hits: int = 0
     misses: int = 0
-    evictions: int = 0
     bytes_read: int = 0
+    #: Summed over reads; several may run at once.
     read_seconds: float = 0.0
-    resident_bytes: int = 0
-    peak_resident_bytes: int = 0
+    #: What callers spent until the experts they missed were there, whoever read them.
+    wait_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -49,6 +53,68 @@ class ExpertPages:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+
+
+class Job:
+    """One read into slots, which it pins until it is done. Guarded by the pager's lock."""
+
+    __slots__ = (
+        "cancelled",
+        "claimed",
+        "done",
+        "error",
+        "gates",
+        "keys",
+        "read",
+        "slots",
+        "wanted",
+    )
+
+    def __init__(self, wanted: bool) -> None:
+        #: Whether a step waits for it; else it is read ahead, and may be given up.
+        self.wanted = wanted
+        self.keys: list[ExpertKey] = []
+        self.slots: list[Slot] = []
+        #: Bytes read so far, by key.
+        self.read: list[int] = []
+        #: Whether a thread has begun with it.
+        self.claimed = False
+        self.cancelled = False
+        self.done = False
+        self.error: BaseException | None = None
+        #: Held locks of callers that wait; released when it is done.
+        self.gates: list[threading.Lock] = []
+
+
+class Pins:
+    """Experts in use: `with pager.acquire(…) as slots`. Nothing stays pinned after it."""
+
+    __slots__ = ("_experts", "_layer", "_pager", "_pinned")
+
+    def __init__(self, pager: Pager, layer: int, experts: Sequence[int]) -> None:
+        self._pager = pager
+        self._layer = layer
+        self._experts = experts
+        self._pinned: list[Slot] = []
+
+    def __enter__(self) -> list[Slot]:
+        try:
+            return self._pager._pin_all(self._layer, self._experts, self._pinned)
+        except BaseException:
+            self._pager._let_go(self._pinned, failed=True)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._pager._let_go(self._pinned)
+        except BaseException:
+            self._pager._let_go(self._pinned, failed=True)
+            raise
 
 
 class Pager:
@@ -62,8 +128,13 @@ class Pager:
         policy: Policy,
         *,
         verify: Verify = "first",
+        io: IoMode = "auto",
     ) -> None:
-        """Nothing is read yet. Raises `BudgetError` if not even one step fits."""
+        """No expert is read yet.
+
+        Raises `BudgetError` if not even one step fits, `InputError` for an unknown option or
+        direct reads that cannot be had.
+        """
         check_budget(budget, package.manifest)
         self.budget = budget
         self.counters = PagerCounters()
@@ -71,70 +142,106 @@ class Pager:
         self.pages: defaultdict[ExpertKey, ExpertPages] = defaultdict(ExpertPages)
         #: Told of every routed step, as the policy is, while somebody records a trace.
         self.recorder: Callable[[int, Sequence[Sequence[int]]], None] | None = None
+        self.reader = ShardReader(package, io=io, verify=verify, budget=budget)
         self._package = package
-        self._device = device
-        self._verify = verify
         self._policy = policy
         self._experts = {layer.layer: layer.experts for layer in package.manifest.layers}
-        self._slot_bytes = slot_bytes(package.manifest)
-        self._resident: dict[ExpertKey, Slot] = {}
-        self._free: list[Slot] = []
-        self._verified: set[ExpertKey] = set()
-        self._pinned_slots = 0
-        self._released = threading.Condition()
+        self._size = slot_bytes(package.manifest)
+        self._readers = Readers() if reads_in_threads(self._size) else None
+        # A plain lock: no signal is handled between taking it and the `with` it belongs to.
+        self._lock = threading.Lock()
+        self._table: SlotTable[Job] = SlotTable(device, self._size, budget, policy)
+        # Jobs nobody has begun: what steps wait for, and what is read ahead.
+        self._urgent: deque[Job] = deque()
+        self._later: deque[Job] = deque()
+        # Steps that wait for reads: nothing is read ahead meanwhile.
+        self._demands = 0
+        # What was read ahead, by layer, and is kept until the layer's step needs it.
+        self._held: dict[int, set[ExpertKey]] = {}
+        # Held locks of callers that wait for room.
+        self._waiting: list[threading.Lock] = []
+        self._closed = False
+
+    @property
+    def slots(self) -> SlotTable[Job]:
+        """What lies where; to look at, under no lock."""
+        return self._table
 
     def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         """A step of `layer` begins: for each token, oldest first, the experts it will acquire."""
-        with self._released:
+        with self._lock:
             self._policy.routed(layer, tokens)
             if self.recorder:
                 self.recorder(layer, tokens)
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> list[Slot]:
-        """The slots of these experts of one layer, pinned until `release`.
+    def acquire(self, layer: int, experts: Sequence[int]) -> Pins:
+        """The slots of these experts of one layer, pinned while its `with` runs.
 
-        Raises `GraphError` unless they are different experts of the layer, `ShardDigestError`
-        if a shard is not what the manifest says, or whatever the store raises; nothing is
-        pinned then.
+        Entering raises `GraphError` unless they are different experts of the layer,
+        `ShardDigestError` if a shard is not what the manifest says, `ClosedError` after
+        `close`, or whatever the store raises; nothing is pinned then.
         """
-        self._check(layer, experts)
-        keys = [(layer, expert) for expert in experts]
-        with self._released:
-            while not self._fits(keys):
-                self._released.wait()
-            pinned: list[Slot] = []
-            try:
-                # Pin what is there first, so that reading the others cannot evict it.
-                missing = [key for key in keys if key not in self._resident]
-                for key in keys:
-                    if key in self._resident:
-                        self._pin(self._resident[key], pinned)
-                for key in missing:
-                    self._pin(self._page_in(key), pinned)
-            except BaseException:
-                self._unpin(pinned)
-                raise
-            for key in keys:
-                self._policy.touched(key)
-                self.pages[key].hits += 1
-            for key in missing:
-                self.pages[key].hits -= 1
-                self.pages[key].misses += 1
-            self.counters.misses += len(missing)
-            self.counters.hits += len(keys) - len(missing)
-            return [self._resident[key] for key in keys]
+        return Pins(self, layer, experts)
 
-    def release(self, slots: Iterable[Slot]) -> None:
-        """Let go of slots that `acquire` gave."""
-        with self._released:
-            self._unpin(slots)
+    def stream(self, layer: int, experts: Sequence[int]) -> Generator[Slot, None, None]:
+        """The slots of these experts in turn, each pinned until the next is asked for.
+
+        Several small ones are read at once, large ones while others run. Close the iterator
+        (`contextlib.closing`). Raises as `acquire`.
+        """
+        if not experts:
+            return
+        self._check(layer, experts)
+        batches = plan_batches(experts, self._size, self._table.most)
+        to_come = {(layer, expert) for expert in experts}
+        try:
+            for at, batch in enumerate(batches):
+                with self.acquire(layer, batch) as slots:
+                    to_come.difference_update((layer, expert) for expert in batch)
+                    soon = batches[at + 1 : at + 1 + AHEAD]
+                    self.read_ahead(layer, [e for later in soon for e in later], keep=to_come)
+                    yield from slots
+        finally:
+            with self._lock:
+                self._held.pop(layer, None)
+
+    def read_ahead(
+        self, layer: int, experts: Sequence[int], *, keep: Collection[ExpertKey] = ()
+    ) -> None:
+        """Begin to read what `layer` will need soon, where there is room for it.
+
+        What was read stays at least until the layer's next `acquire`, if steps leave the
+        room; `keep` is not given up for it. Does nothing where experts are small.
+        """
+        if self._readers is None:
+            return
+        table = self._table
+        with self._lock:
+            held = self._held.setdefault(layer, set())
+            held.update((layer, expert) for expert in experts)
+            for key in [(layer, expert) for expert in experts]:
+                if key in table.resident or key in table.loading:
+                    continue
+                if self._closed or self._waiting or not table.has_room():
+                    break
+                slot = table.take(lambda one: self._spare(one) and one not in keep)
+                if slot is None:
+                    break
+                self._later.append(self._begin([(key, slot)], wanted=False))
+                self._readers.wake(self._work)
 
     def close(self) -> None:
-        """Drop every slot."""
-        with self._released:
-            self._resident.clear()
-            self._free.clear()
-            self.counters.resident_bytes = 0
+        """Drop every slot. Reads that run are waited for, what waits is refused."""
+        with self._lock:
+            self._closed = True
+            for job in set(self._table.loading.values()):
+                self._give_up(job)
+            _open(self._waiting)
+        if self._readers:
+            self._readers.close()
+        self.reader.close()
+        with self._lock:
+            self._table.clear()
 
     def _check(self, layer: int, experts: Sequence[int]) -> None:
         """A router's answer comes from a graph: trust it no more than any file."""
@@ -145,75 +252,230 @@ class Pager:
                 f"different experts from 0 to {count - 1}, found {list(experts)}"
             )
 
-    def _pin(self, slot: Slot, pinned: list[Slot]) -> None:
-        self._pinned_slots += slot.pins == 0
-        slot.pins += 1
-        pinned.append(slot)
+    def _pin_all(self, layer: int, experts: Sequence[int], pinned: list[Slot]) -> list[Slot]:
+        """What `Pins` enters with; `pinned` remembers at any moment what is pinned."""
+        self._check(layer, experts)
+        keys = [(layer, expert) for expert in experts]
+        resident = self._table.resident
+        with self._lock:
+            missing = [key for key in keys if key not in resident]
+            if not missing:
+                for key in keys:
+                    self._table.pin(resident[key], pinned)
+                return self._used(keys, ())
+        started = time.perf_counter()
+        self._page_in(keys, pinned)
+        with self._lock:
+            self.counters.wait_seconds += time.perf_counter() - started
+            return self._used(keys, missing)
 
-    def _unpin(self, slots: Iterable[Slot]) -> None:
-        for slot in slots:
-            slot.pins -= 1
-            assert slot.pins >= 0, "a slot was released twice"
-            self._pinned_slots -= slot.pins == 0
-        self._released.notify_all()
+    def _used(self, keys: Sequence[ExpertKey], missing: Collection[ExpertKey]) -> list[Slot]:
+        """A step has its experts: tell the policy and the counters."""
+        for key in keys:
+            self._policy.touched(key)
+            if key in missing:
+                self.pages[key].misses += 1
+            else:
+                self.pages[key].hits += 1
+        self.counters.misses += len(missing)
+        self.counters.hits += len(keys) - len(missing)
+        if held := self._held.get(keys[0][0]):
+            held.difference_update(keys)
+        return [self._table.resident[key] for key in keys]
 
-    def _fits(self, keys: Sequence[ExpertKey]) -> bool:
-        """Whether `keys` fit beside what other requests have pinned."""
-        slots = (self._resident.get(key) for key in keys)
-        new = sum(slot is None or slot.pins == 0 for slot in slots)
-        return (self._pinned_slots + new) * self._slot_bytes <= self.budget
-
-    def _page_in(self, key: ExpertKey) -> Slot:
-        """Read one expert into a slot."""
-        slot = self._take_slot()
+    def _page_in(self, keys: Sequence[ExpertKey], pinned: list[Slot]) -> None:
+        """Pin these experts, once there is room for all of them, and read those missing."""
+        mine: list[Job] = []
         try:
-            started = time.perf_counter()
-            self._read(key, slot)
-            slot.upload()
-            self.counters.read_seconds += time.perf_counter() - started
+            while True:
+                with self._lock:
+                    if self._closed:
+                        raise self._closed_error()
+                    if fits := self._table.fits(keys):
+                        jobs = self._start(keys, pinned, mine)
+                    else:
+                        self._cancel()
+                        gate = _gate(self._waiting)
+                if not fits:
+                    gate.acquire()
+                elif self._complete(jobs, mine):
+                    return
+                else:
+                    self._let_go(pinned)
         except BaseException:
-            self._free.append(slot)
+            with self._lock:
+                for job in mine:
+                    self._give_up(job)
             raise
-        self._resident[key] = slot
-        self._policy.touched(key)
-        return slot
 
-    def _take_slot(self) -> Slot:
-        """A free slot, a new one while the budget allows, or a victim's."""
-        if self._free:
-            return self._free.pop()
-        counters = self.counters
-        if counters.resident_bytes + self._slot_bytes <= self.budget:
-            slot = self._device.new_slot(self._slot_bytes)
-            counters.resident_bytes += self._slot_bytes
-            counters.peak_resident_bytes = max(
-                counters.peak_resident_bytes, counters.resident_bytes
-            )
-            return slot
-        key = self._policy.victim(lambda key: self._resident[key].pins == 0)
-        assert key is not None, "the budget was checked to hold one step"
-        slot = self._resident.pop(key)
-        self._policy.removed(key)
-        counters.evictions += 1
-        return slot
+    def _start(self, keys: Sequence[ExpertKey], pinned: list[Slot], mine: list[Job]) -> list[Job]:
+        """Pin what is there and begin to read the rest; gives the jobs to wait for.
 
-    def _read(self, key: ExpertKey, slot: Slot) -> None:
-        shard = self._package.shard(*key)
-        data = slot.buffer.data[: shard.bytes]
-        self._read_bytes(shard, data)
-        if self._verify == "never" or (self._verify == "first" and key in self._verified):
+        What is there is pinned first, so that room for the others cannot cost it.
+        """
+        table = self._table
+        for key in keys:
+            if key in table.resident:
+                table.pin(table.resident[key], pinned)
+        jobs: list[Job] = []
+        taken: list[tuple[ExpertKey, Slot]] = []
+        for key in keys:
+            if key in table.loading:
+                job = table.loading[key]
+                self._demands += not job.wanted
+                job.wanted = True
+                table.pin(job.slots[job.keys.index(key)], pinned)
+                jobs.append(job)
+            elif key not in table.resident:
+                slot = table.take(self._spare) if self._held else None
+                slot = slot or table.take(table.evictable)
+                assert slot is not None, "the budget was checked to hold one step"
+                taken.append((key, slot))
+        # The caller reads alone, or with the readers: an expert each, itself the first.
+        for part in [[one] for one in taken] if self._readers else [taken]:
+            if part:
+                job = self._begin(part, wanted=True)
+                mine.append(job)
+                jobs.append(job)
+                for slot in job.slots:
+                    table.pin(slot, pinned)
+        if self._readers:
+            for job in mine[1:]:
+                self._urgent.append(job)
+                self._readers.wake(self._work)
+        return jobs
+
+    def _begin(self, taken: Sequence[tuple[ExpertKey, Slot]], *, wanted: bool) -> Job:
+        job = Job(wanted)
+        self._demands += wanted
+        for key, slot in taken:
+            job.keys.append(key)
+            job.slots.append(slot)
+            job.read.append(0)
+            self._table.begin(job, key, slot)
+        return job
+
+    def _complete(self, jobs: Sequence[Job], mine: Sequence[Job]) -> bool:
+        """Do the jobs nobody has begun, and wait for the others; whether all went well.
+
+        Raises what went wrong with a job of one's own: others' are worth another try.
+        """
+        for job in jobs:
+            if not job.claimed and self._claim(job):
+                self._perform(job)
+        for job in jobs:
+            if not job.done:
+                self._await(job)
+        for job in jobs:
+            if job.error is not None:
+                if job in mine and isinstance(job.error, Exception):
+                    raise job.error
+                return False
+        return True
+
+    def _claim(self, job: Job) -> bool:
+        """Whether it is this thread that does the job."""
+        with self._lock:
+            claimed, job.claimed = job.claimed, True
+        return not claimed
+
+    def _await(self, job: Job) -> None:
+        with self._lock:
+            if job.done:
+                return
+            gate = _gate(job.gates)
+        gate.acquire()
+
+    def _work(self) -> None:
+        """What a reader thread does when it is woken: the most urgent job, if there is one."""
+        with self._lock:
+            job = self._next_job()
+            if job is None:
+                return
+            job.claimed = True
+        # What went wrong is for those who wait for the job.
+        with suppress(BaseException):
+            self._perform(job)
+
+    def _next_job(self) -> Job | None:
+        for queue in (self._urgent, self._later):
+            while queue and (queue is self._urgent or not self._demands):
+                job = queue.popleft()
+                if not job.claimed:
+                    return job
+        return None
+
+    def _perform(self, job: Job) -> None:
+        """Read; whatever happens, the job is done afterwards."""
+        started = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            proceed = None if job.wanted else lambda: self._proceeds(job)
+            self.reader.fill(job.keys, job.slots, job.read, proceed)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            with self._lock:
+                self.counters.read_seconds += time.perf_counter() - started
+                self._settle(job, error)
+
+    def _proceeds(self, job: Job) -> bool:
+        """Whether what is read ahead should go on: not while a step waits for other reads."""
+        return job.wanted or not (job.cancelled or self._demands)
+
+    def _settle(self, job: Job, error: BaseException | None) -> None:
+        if job.done:
             return
-        if hashlib.sha256(data).hexdigest() != shard.sha256:
-            # A transfer may have gone wrong; damage at rest comes back the same.
-            self._read_bytes(shard, data)
-        where, field = shard_place(shard), f"shard of layer {key[0]}, expert {key[1]}"
-        location = self._package.location
-        check_digest(data, shard.sha256, where, field, ShardDigestError, location)
-        name, kind = self._package.kind_of(key[0])
-        check_shard(read_header(data, shard.bytes, where), kind, shard, where, kind_name=name)
-        self._verified.add(key)
+        for key, slot, read in zip(job.keys, job.slots, job.read, strict=True):
+            self.counters.bytes_read += read
+            self.pages[key].bytes_read += read
+            self._table.end(job, key, slot, filled=error is None)
+        job.error = error
+        job.done = True
+        self._demands -= job.wanted
+        _open(job.gates)
+        _open(self._waiting)
+        if self._readers and not self._demands:
+            for _ in self._later:
+                self._readers.wake(self._work)
 
-    def _read_bytes(self, shard: Shard, data: memoryview) -> None:
-        self._package.store.read_into(shard.file, shard.offset, data)
-        self.counters.bytes_read += shard.bytes
-        self.pages[shard.layer, shard.expert].bytes_read += shard.bytes
+    def _cancel(self) -> None:
+        """Give up what is read ahead: a step needs the room."""
+        for job in set(self._table.loading.values()):
+            if not job.wanted:
+                job.cancelled = True
+                self._give_up(job)
+
+    def _give_up(self, job: Job) -> None:
+        """End a job that nobody has begun."""
+        if not job.claimed:
+            job.claimed = True
+            self._settle(job, ReadAbandonedError())
+
+    def _let_go(self, pinned: list[Slot], *, failed: bool = False) -> None:
+        with self._lock:
+            if self._table.unpin(pinned):
+                _open(self._waiting)
+            if failed:
+                self._table.recover(lambda job: job.slots)
+
+    def _spare(self, key: ExpertKey) -> bool:
+        """Whether nobody uses `key` now, nor has it been read for one who soon will."""
+        return self._table.evictable(key) and key not in self._held.get(key[0], ())
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"{self._package.location}: this model has been closed")
+
+
+def _gate(gates: list[threading.Lock]) -> threading.Lock:
+    """A held lock in `gates`: whoever opens them lets its next `acquire` through."""
+    gate = threading.Lock()
+    gate.acquire()
+    gates.append(gate)
+    return gate
+
+
+def _open(gates: list[threading.Lock]) -> None:
+    while gates:
+        gates.pop().release()

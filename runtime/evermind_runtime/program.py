@@ -7,6 +7,7 @@ the same for one token with everything bound in advance.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, GraphStep, Kind, Manifest, Step
 
 from .counts import ExpertCounts
+from .devices import Slot
 from .finite import FiniteCheck
 from .observer import Observer
 from .pager import Pager
@@ -130,14 +132,11 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
         engine.pager.routed(layer, tokens)
         gates = board[step.experts.gates].tolist()[0] if step.experts.gates else None
         engine.counts.routed_one(layer, tokens[0], gates)
-        slots = engine.pager.acquire(layer, tokens[0])
-        try:
+        with engine.pager.acquire(layer, tokens[0]) as slots:
             names = engine.expert_inputs(layer, len(slots))
             for slot, inputs in zip(slots, names, strict=True):
                 slot.bind(binding, inputs, engine.kinds[layer])
             run_graph(step.graph, session, binding)
-        finally:
-            engine.pager.release(slots)
     return dict(zip(step.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
 
 
@@ -162,18 +161,21 @@ def _run_experts(
     order = np.argsort(flat, kind="stable")
     order = order[np.searchsorted(flat[order], 0) :]  # without those that are no expert
     experts, starts = np.unique(flat[order], return_index=True)
+    chunk = experts.tolist()
     y: npt.NDArray[np.float32] | None = None
     # Where nothing is needed there is one empty group, and no expert for it.
-    for expert, chosen in zip(experts.tolist(), np.split(order, starts[1:]), strict=False):
-        rows = chosen // top_k
-        whole = kind.scope == "sequence"
-        given = {"x": x if whole else x[rows]}
-        given |= {name: board[value] for name, value in step.inputs.items()}
-        output = _run_expert(engine, step.layer, expert, given, observer)
-        if y is None:
-            y = np.zeros((len(x), output.shape[1]), dtype=np.float32)
-        # An expert that sees every token answers for all; only its own take the answer.
-        y[rows] += gates.ravel()[chosen][:, None] * (output[rows] if whole else output)
+    groups = np.split(order, starts[1:])
+    with closing(engine.pager.stream(step.layer, chunk)) as slots:
+        for expert, slot, chosen in zip(chunk, slots, groups, strict=False):
+            rows = chosen // top_k
+            whole = kind.scope == "sequence"
+            given = {"x": x if whole else x[rows]}
+            given |= {name: board[value] for name, value in step.inputs.items()}
+            output = _run_expert(engine, step.layer, expert, slot, given, observer)
+            if y is None:
+                y = np.zeros((len(x), output.shape[1]), dtype=np.float32)
+            # An expert that sees every token answers for all; only its own take the answer.
+            y[rows] += gates.ravel()[chosen][:, None] * (output[rows] if whole else output)
     if y is None:  # no token needs any
         declared = engine.sessions.get(kind.graph).get_outputs()[0].shape[-1]
         width = declared if isinstance(declared, int) else x.shape[1]
@@ -197,6 +199,7 @@ def _run_expert(
     engine: Engine,
     layer: int,
     expert: int,
+    slot: Slot,
     given: Mapping[str, Array],
     observer: Observer | None,
 ) -> Array:
@@ -211,12 +214,8 @@ def _run_expert(
     names = [output.name for output in session.get_outputs()] if statistics else ["y"]
     for name in names:
         binding.bind_output(name, "cpu")
-    slots = engine.pager.acquire(layer, [expert])
-    try:
-        slots[0].bind(binding, (spec.name for spec in kind.tensors), kind)
-        run_graph(graph, session, binding)
-    finally:
-        engine.pager.release(slots)
+    slot.bind(binding, (spec.name for spec in kind.tensors), kind)
+    run_graph(graph, session, binding)
     found = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
     output: Array = found.pop("y")
     if observer is not None:

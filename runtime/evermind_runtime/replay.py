@@ -16,6 +16,7 @@ from .layers import step_bytes
 from .policies import ExpertKey, LfuPolicy, Policy
 from .policies.belady import BeladyPolicy
 from .profile import Profile, profile_of
+from .read_plan import plan_batches
 from .trace import Trace, TraceStep
 
 
@@ -44,7 +45,7 @@ POLICIES: dict[str, Callable[[Trace, int, Profile | None], Policy]] = {
     "lru": lambda trace, budget, _: make_policy("lru", trace.layers, budget),
     "lfu": lambda _trace, _budget, _profile: LfuPolicy(),
     "belady": lambda trace, _budget, _profile: BeladyPolicy(
-        [[key for keys in acquisitions(step) for key in keys] for step in trace.steps]
+        [[key for keys in acquisitions(step, 1, 1) for key in keys] for step in trace.steps]
     ),
 }
 """Every policy a replay compares. `pinned` without a profile knows the trace's own heat."""
@@ -74,7 +75,7 @@ def simulate(trace: Trace, policy: Policy, budget: int) -> tuple[int, int, int]:
     for step in trace.steps:
         policy.routed(step.layer, step.tokens)
         need = size[step.layer]
-        for keys in acquisitions(step):
+        for keys in acquisitions(step, need, budget // need):
             pinned.clear()
             pinned.update(keys)
             missing = [key for key in keys if key not in resident]
@@ -96,9 +97,13 @@ def simulate(trace: Trace, policy: Policy, budget: int) -> tuple[int, int, int]:
     return hits, misses, bytes_read
 
 
-def acquisitions(step: TraceStep) -> Sequence[Sequence[ExpertKey]]:
-    """What a step asks of the pager: one token's experts at once, a chunk's one by one."""
+def acquisitions(step: TraceStep, size: int, slots: int) -> Sequence[Sequence[ExpertKey]]:
+    """What a step asks of the pager, which has `slots` of `size` bytes, at once.
+
+    That is one token's experts, or some of a chunk's.
+    """
     layer = step.layer
     if len(step.tokens) == 1:
         return [[(layer, expert) for expert in step.tokens[0]]]
-    return [[(layer, expert)] for expert in sorted({e for row in step.tokens for e in row})]
+    experts = sorted({expert for row in step.tokens for expert in row})
+    return [[(layer, expert) for expert in batch] for batch in plan_batches(experts, size, slots)]

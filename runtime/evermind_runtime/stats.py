@@ -11,7 +11,10 @@ class Stats:
     """Counters since the model was loaded. Bytes are exact, times in seconds.
 
     A hit is an expert a step needed and found resident, a miss one that had to be read.
-    `resident_expert_bytes` counts whole slots, in the dtype the experts are held in.
+    `read_seconds` adds up what reads took, of which several may run at once; `wait_seconds` is
+    what steps waited for the experts they missed. `io` is how experts are read, "direct" or
+    "buffered", and `io_note` why not directly. `resident_expert_bytes` counts whole slots, in
+    the dtype the experts are held in.
     """
 
     tokens: int
@@ -20,6 +23,9 @@ class Stats:
     evictions: int
     bytes_read: int
     read_seconds: float
+    wait_seconds: float
+    io: str
+    io_note: str
     resident_expert_bytes: int
     peak_resident_expert_bytes: int
     budget_bytes: int

@@ -319,5 +319,5 @@ def test_a_router_that_answers_nonsense_is_refused(
         state = model.new_state()
         with pytest.raises(GraphError, match="expected"):
             model.forward({"x": x}, state=state, steps=steps)
-        assert model._pager._pinned_slots == 0
+        assert model._pager.slots.pinned == 0
         assert state.current["count"].tolist() == [0.0]

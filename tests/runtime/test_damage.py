@@ -118,7 +118,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_pinned(
         before = state.save()
         with pytest.raises(error, match=message):
             model.forward(TOKENS, state=state, steps=steps)
-        assert model._pager._pinned_slots == 0
+        assert model._pager.slots.pinned == 0
         assert model.stats().resident_expert_bytes <= model.budget
         if steps == "prefill":
             assert all((before[name] == array).all() for name, array in state.save().items())

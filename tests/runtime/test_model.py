@@ -118,7 +118,7 @@ def test_a_generator_dropped_half_way_pins_nothing(lm_package: Path) -> None:
             pieces = model.generate([1], max_new_tokens=10)
             next(pieces)
             pieces.close()
-        assert model._pager._pinned_slots == 0
+        assert model._pager.slots.pinned == 0
 
 
 def test_byte_tokenizer_streams_whole_characters(tmp_path: Path) -> None:

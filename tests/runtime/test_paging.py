@@ -107,8 +107,7 @@ def test_the_budget_is_never_exceeded(lm_package: Path, share: int, tokens: list
 
 
 def _all_slots(model: em.Model) -> list[Any]:
-    pager = model._pager
-    return [*pager._resident.values(), *pager._free]
+    return model._pager.slots.all
 
 
 def test_too_small_a_budget_is_refused_with_the_number_that_does(lm_package: Path) -> None:

@@ -179,4 +179,4 @@ def test_only_what_is_wanted_is_computed(tmp_path: Path) -> None:
         ids = model.forward({"x": x}, outputs=["ids.1"])
         assert set(ids) == {"ids.1"}
         # The second layer's router needs the first layer's experts, and no more.
-        assert all(layer == 0 for layer, _ in model._pager._resident)
+        assert all(layer == 0 for layer, _ in model._pager.slots.resident)

@@ -101,7 +101,7 @@ def fewest_misses(trace: Trace, capacity: int) -> int:
     """By trying everything: at each acquisition, every set of experts that could stay."""
     best: dict[frozenset[ExpertKey], int] = {frozenset(): 0}
     for step in trace.steps:
-        for keys in acquisitions(step):
+        for keys in acquisitions(step, 1, capacity):
             needed = frozenset(keys)
             reached: dict[frozenset[ExpertKey], int] = {}
             for held, misses in best.items():
@@ -149,7 +149,7 @@ def test_every_policy_keeps_the_budget_with_layers_of_different_sizes(
 ) -> None:
     budget = step_bytes(trace.layers) + extra
     simulate(trace, Checking(trace, budget), budget)
-    needs = sum(len(keys) for step in trace.steps for keys in acquisitions(step))
+    needs = sum(len(keys) for step in trace.steps for keys in acquisitions(step, 1, 1))
     for policy in POLICIES:
         found = replay(trace, policy, budget)
         assert found.hits + found.misses == needs
