@@ -15,6 +15,7 @@ from evermind_manifests.errors import InputError
 from evermind_runtime import Model, PagingWarning, load
 
 from .arrays import check_targets, read_arrays, read_states, write_arrays, write_states
+from .introspection import draw_heatmap, print_introspection, write_prometheus
 from .terminal import human_bytes, print_json, print_table, remark
 
 EXAMPLES = """\
@@ -22,6 +23,7 @@ EXAMPLES = """\
   evermind-pack run shakespeare/ --tokens 1,2,3 --max-new 16 --temperature 0.8 --seed 7 --json
   evermind-pack run model.evermind --tokens 1,2,3 --max-new 16 --budget 25%
   evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
+  evermind-pack run chat/ --tokens 1,2,3 --max-new 16 --introspect --heatmap experts.png
   evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
 
 # More digits than any id has would only make int() refuse in its own words.
@@ -70,6 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read experts directly from the disk, or through the page cache (default: what "
         "should be the faster)",
     )
+    inside = parser.add_argument_group("introspection")
+    inside.add_argument(
+        "--introspect",
+        action="store_true",
+        help="report what experts and routers did; slower, as statistics are measured",
+    )
+    inside.add_argument(
+        "--prometheus", metavar="FILE", type=Path, help="write the counters as Prometheus text"
+    )
+    inside.add_argument(
+        "--heatmap", metavar="PNG", type=Path, help="draw how experts share the tokens"
+    )
     text = parser.add_argument_group("generation (--prompt, --tokens)")
     text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
     text.add_argument(
@@ -110,10 +124,16 @@ def run(args: argparse.Namespace) -> int:
         )
         for warning in caught:
             remark(f"warning: {warning.message}", quiet=args.quiet)
+        if args.introspect:
+            model.observe()
         if args.inputs:
             _run_arrays(model, args)
         else:
             _generate(model, args)
+        if args.prometheus:
+            write_prometheus(args.prometheus, model.introspect())
+        if args.heatmap:
+            draw_heatmap(args.heatmap, model.manifest.name, model.introspect())
     return 0
 
 
@@ -128,7 +148,7 @@ def _check_combination(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{option} has no meaning {'with' if args.inputs else 'without'} --inputs"
             )
-    check_targets(args.outputs, args.state_out)
+    check_targets(args.outputs, args.state_out, args.prometheus, args.heatmap)
     if args.threads is not None and args.threads < 1:
         raise InputError(f"--threads: expected 1 or more, found {args.threads}")
 
@@ -147,12 +167,16 @@ def _run_arrays(model: Model, args: argparse.Namespace) -> None:
         "outputs": {name: list(array.shape) for name, array in outputs.items()},
         "seconds": seconds,
         **_counters(model),
+        **_introspection(model, args),
     }
     if args.json:
         print_json(result)
-    elif not args.quiet:
+        return
+    if not args.quiet:
         rows = {name: f"{array.dtype} {array.shape}" for name, array in outputs.items()}
         print_table(rows | _counter_rows(model))
+    if args.introspect:
+        print_introspection(model.introspect())
 
 
 def _generate(model: Model, args: argparse.Namespace) -> None:
@@ -194,6 +218,7 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
         "tokens_per_second": speed,
         "ttft_ms": (first - started) * 1000,
         **_counters(model),
+        **_introspection(model, args),
     }
     if args.json:
         print_json(result)
@@ -204,6 +229,12 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
         sys.stdout.flush()
         for name, value in (rows | _counter_rows(model)).items():
             remark(f"{name:<14}{value}")
+    if args.introspect:
+        print_introspection(model.introspect())
+
+
+def _introspection(model: Model, args: argparse.Namespace) -> dict[str, Any]:
+    return {"introspection": model.introspect().to_dict()} if args.introspect else {}
 
 
 def _counters(model: Model) -> dict[str, Any]:
