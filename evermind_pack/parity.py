@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from evermind_exporters.blueprint import Tensors
 from evermind_exporters.family import Arrays
 from evermind_exporters.parity import Reference
 from torch import nn
 
-from .models import model_type
-from .models.reference import reference
+from .models import FamilyModel, model_type
+from .models.base import StreamedRun
+from .models.reference import as_arrays, ordered, reference
 
 
 @runtime_checkable
@@ -27,7 +29,10 @@ def parity_reference(family: str) -> Reference:
     """What `export_package` wants as `reference`: float64 outputs, and the routes' margin."""
 
     def bind(config: Mapping[str, Any], tensors: Tensors) -> Callable[[Arrays], Arrays]:
-        model = model_type(family, config).from_tensors(config, tensors).double()
+        kind = model_type(family, config)
+        if streamed := kind.stream(config, tensors):
+            return _stream(kind, streamed)
+        model = kind.from_tensors(config, tensors).double()
 
         def run(inputs: Arrays) -> Arrays:
             margins: list[float] = []
@@ -52,3 +57,12 @@ def parity_reference(family: str) -> Reference:
         return run
 
     return bind
+
+
+def _stream(kind: type[FamilyModel], streamed: StreamedRun) -> Callable[[Arrays], Arrays]:
+    def run(inputs: Arrays) -> Arrays:
+        with torch.no_grad():
+            outputs, margin = streamed(*ordered(kind.inputs, inputs))
+        return as_arrays(outputs) | {"margin": np.array(margin)}
+
+    return run

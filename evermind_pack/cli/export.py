@@ -15,6 +15,7 @@ EXAMPLES = """\
   evermind-pack export model.safetensors -o model.zip --dtype bf16
   evermind-pack export peer.moe0 -o peer/ --dtype f32
   evermind-pack export peer.evl0 -o peer/ --fp16-rounding truncate
+  evermind-pack export tokitai-moe:tiny -o tiny/ --seed 7
   evermind-pack export model.evermind -o model/ --dtype f32 --tokenizer vocab-folder/"""
 
 
@@ -25,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         type=Path,
         help="a training run, a folder or file with model.safetensors and config.json (the "
-        "peer's Hugging Face bundle too), or a peer's MoE0, EVL0, LMBC or .evermind file (told "
-        "apart by content)",
+        "peer's Hugging Face bundle too), a peer's MoE0, EVL0, LMBC or .evermind file, a "
+        "checkpoint.tkp1 with its arch.json (told apart by content), or FAMILY:PRESET for an "
+        "untrained model (tokitai-moe:nano, :tiny, :medium, :full)",
     )
     parser.add_argument(
         "-o",
@@ -63,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a peer model's tokenizer: its tokenizer.json, or a folder with that or with "
         "vocab.json and merges.txt",
     )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="of an untrained preset's weights (default: 0)"
+    )
     parser.add_argument("--name", help="the package's name (default: the source's)")
     parser.add_argument("--package-version", help="its version (default: the source's, or 1)")
     parser.add_argument("--license", help="an SPDX identifier for the model card")
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export", "Exporting") from error
 
-    source = read_source(args.source)
+    source = read_source(args.source, seed=args.seed)
     _check_text(args, source.name)
     if args.tokenizer:
         source = with_peer_tokenizer(source, args.tokenizer)

@@ -19,6 +19,7 @@ from .reference import reference
 from .shared_expert_moe import SharedExpertMoE
 from .synapse import MODULES as SYNAPSE_MODULES
 from .synapse import SynapseModel
+from .tokitai import TokitaiMoE, TokitaiOutput
 
 __all__ = [
     "MODELS",
@@ -31,6 +32,8 @@ __all__ = [
     "Routes",
     "SharedExpertMoE",
     "SynapseModel",
+    "TokitaiMoE",
+    "TokitaiOutput",
     "generate",
     "initial_tensors",
     "model_type",
@@ -39,7 +42,7 @@ __all__ = [
 
 # Per family its model, or, where modules pack on their own, one model per module.
 MODELS: dict[str, type[FamilyModel] | Mapping[str, type[FamilyModel]]] = {
-    model.family: model for model in (SharedExpertMoE, EvermindLM, LimbicModel)
+    model.family: model for model in (SharedExpertMoE, EvermindLM, LimbicModel, TokitaiMoE)
 }
 MODELS["synapse"] = {"model": SynapseModel} | {one.module: one for one in SYNAPSE_MODULES}
 

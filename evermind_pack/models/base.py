@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from evermind_exporters.blueprint import Tensors
 from evermind_exporters.checkpoints import Family
 from evermind_exporters.families import FAMILIES
 from evermind_manifests.errors import CheckpointError, InputError
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from .initial import initial_tensors
 
 Array = npt.NDArray[Any]
+# Inputs, in the order of `FamilyModel.inputs`, to outputs and the routes' margin, in float64.
+StreamedRun: TypeAlias = Callable[..., tuple[dict[str, Tensor], float]]
 
 
 class FamilyModel(nn.Module):
@@ -59,6 +62,14 @@ class FamilyModel(nn.Module):
         Raises `InputError` for shapes or values the model does not take.
         """
         raise NotImplementedError
+
+    @classmethod
+    def stream(cls, config: Mapping[str, Any], tensors: Tensors) -> StreamedRun | None:
+        """`run` in float64 without a model in memory: tensors are read one at a time.
+
+        None where models are small enough to be held.
+        """
+        return None
 
     def to_tensors(self) -> dict[str, npt.NDArray[np.float32]]:
         """Copies of all tensors, float32, in canonical order."""

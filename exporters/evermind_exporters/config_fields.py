@@ -1,4 +1,4 @@
-"""Take a configuration apart strictly: every field checked, none left over."""
+"""Take a configuration apart: every field is checked, none is passed over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ MAX_DIM = 2**32 - 1
 
 
 class ConfigFields:
-    """The fields of a raw configuration, each read once; `finish` refuses what nobody read.
+    """The fields of a raw configuration, each read once.
+
+    What nobody read is refused by `finish`, or kept with `rest`.
 
     A `default` of None means that the field must be there. All methods raise `ConfigError`
     naming `where`, the field, what was expected and what was found.
@@ -54,9 +56,13 @@ class ConfigFields:
             self.refuse(key, "true or false", value)
         return bool(value)
 
-    def choice(self, key: str, options: Sequence[str], default: str | None = None) -> str:
-        """One of `options`."""
+    def choice(
+        self, key: str, options: Sequence[str], default: str | None = None, *, fold: bool = False
+    ) -> str:
+        """One of `options`; with `fold`, which are in lower case, in whatever case."""
         value = self._take(key, default)
+        if fold and isinstance(value, str):
+            value = value.lower()
         if not isinstance(value, str) or value not in options:
             self.refuse(key, f"one of {', '.join(options)}", value)
         return str(value)
@@ -64,6 +70,10 @@ class ConfigFields:
     def refuse(self, key: str, expected: str, found: Any) -> None:
         """Raise the `ConfigError` for a value of `key`."""
         raise ConfigError(f"{self._where} config: {key}: expected {expected}, found {found!r}")
+
+    def rest(self) -> dict[str, Any]:
+        """The fields that no one asked for."""
+        return dict(self._left)
 
     def finish(self) -> None:
         """Raise `ConfigError` for fields that no one asked for."""

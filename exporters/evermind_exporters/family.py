@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -36,6 +37,8 @@ class ModelFamily(ABC):
     # Relative to an output's largest magnitude. Float32 graphs agree with a float64 reference
     # to about 3e-7 (specs/evermind-formats.md, section 17.1); kernels differ between machines.
     parity_tolerance: float = 1e-5
+    # Raw configurations by name, for `export FAMILY:PRESET`; those families have `initial`.
+    presets: Mapping[str, Config] = MappingProxyType({})
 
     @abstractmethod
     def resolve(self, raw: Config, found: Shapes) -> dict[str, Any]:
@@ -94,6 +97,10 @@ class ModelFamily(ABC):
         """
         return {}
 
+    def initial(self, config: Config) -> Tensors:
+        """Every tensor of a fresh model, each drawn when it is asked for; the seed decides."""
+        raise NotImplementedError(f"{self.name} has no initial weights")
+
     def parameter_count(self, config: Config) -> int:
         """Scalars in all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes(config).values())
@@ -108,6 +115,11 @@ class ModularFamily(ModelFamily):
     def __init__(self, name: str, modules: Mapping[str, ModelFamily]) -> None:
         self.name = name
         self.modules = modules
+        self.presets = {
+            preset: {"module": key, **raw}
+            for key, module in modules.items()
+            for preset, raw in module.presets.items()
+        }
 
     def resolve(self, raw: Config, found: Shapes) -> dict[str, Any]:
         """See `ModelFamily.resolve`; the result begins with `module`."""
@@ -157,6 +169,10 @@ class ModularFamily(ModelFamily):
     def computed_shard(self, config: Config, tensors: Tensors, layer: int, expert: int) -> Arrays:
         """See `ModelFamily.computed_shard`."""
         return self.module(config).computed_shard(config, tensors, layer, expert)
+
+    def initial(self, config: Config) -> Tensors:
+        """See `ModelFamily.initial`."""
+        return self.module(config).initial(config)
 
     def parameter_count(self, config: Config) -> int:
         """See `ModelFamily.parameter_count`."""

@@ -6,32 +6,32 @@ Detected by content. Tensors stay on disk until they are asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from evermind_manifests import dtypes
-from evermind_manifests.errors import CheckpointError, IntegrityError
+from evermind_manifests.errors import CheckpointError, ConfigError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import Card
-from evermind_manifests.safetensors_header import PREFIX_BYTES, header_bytes, read_header
 
-from .blueprint import FloatArray, Tensors
-from .checkpoints.disk_file import DiskFile
+from .blueprint import Tensors
 from .checkpoints.peer_file import PeerFile, is_peer_file
+from .checkpoints.tkp1 import MAGIC as TKP1_MAGIC
 from .families import FAMILIES
+from .families.tokitai import NAME as TOKITAI
 from .family import ModelFamily, Shape
 from .peer_attachments import attachments
 from .peer_bundle import MODEL_TYPE, bundle_config
 from .peer_tokenizer import TOKENIZER_NAME, VOCAB_NAME, read_peer_tokenizer
+from .safetensors_file import SafetensorsFile, check_shapes
+from .tokitai_run import ARCH_NAME, CHECKPOINT_NAME, read_tokitai_run
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 METRICS_NAME = "metrics.jsonl"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
-_FLOAT_DTYPES = ("f32", "f16", "bf16", "f64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +54,28 @@ class ModelSource:
     attachments: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def read_source(path: Path) -> ModelSource:
+def read_source(path: Path, *, seed: int | None = None) -> ModelSource:
     """Open a model for export.
 
     `path` is a folder with `config.json` and `model.safetensors` or one other `.safetensors`
     file (a training run, or the peer's Hugging Face bundle), a `.safetensors` file beside its
-    `config.json`, or a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file. A `config.json`
-    without `family` is taken for the family that the tensors tell. Raises
+    `config.json`, a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file, or a Tokitai run's
+    `checkpoint.tkp1` beside its `arch.json`. A `config.json` without `family` is taken for the
+    family that the tensors tell. `FAMILY:PRESET`, where nothing has that name, is an untrained
+    model whose weights are drawn from `seed` (default: 0) as they are needed. Raises
     `LocationError` where nothing is, `CheckpointError` for anything that is not one of these,
-    or is damaged.
+    or is damaged, `ConfigError` for a `seed` where nothing is drawn.
     """
+    preset = _preset(path)
+    if preset is not None:
+        return _fresh_model(*preset, seed)
+    if seed is not None:
+        raise ConfigError(f"{path}: seed: expected none, as this model has its weights already")
     head = read_head(path, 16)
     if head is None:
         return _read_folder(path)
+    if head.startswith(TKP1_MAGIC):
+        return _read_tokitai_run(path)
     # Magic words first: a checkpoint's ninth byte may look like the brace of a JSON header.
     if not is_peer_file(head) and head[8:9] == b"{":
         return _read_state_dict(path, path.parent)
@@ -104,15 +113,47 @@ def with_peer_tokenizer(source: ModelSource, path: Path) -> ModelSource:
     return replace(source, tokenizer=read_peer_tokenizer(path))
 
 
+def _preset(path: Path) -> tuple[ModelFamily, str] | None:
+    name, colon, preset = str(path).partition(":")
+    if not colon or name not in FAMILIES or os.path.lexists(path):
+        return None
+    family = FAMILIES[name]
+    if preset not in family.presets:
+        raise ConfigError(
+            f"{path}: expected a preset of {name}: {', '.join(family.presets) or 'it has none'}; "
+            f"found {preset!r}"
+        )
+    return family, preset
+
+
+def _fresh_model(family: ModelFamily, preset: str, seed: int | None) -> ModelSource:
+    config = family.resolve({**family.presets[preset], "seed": seed or 0}, {})
+    card = Card(training_summary=f"none: the weights are random, seed {config['seed']}")
+    name = f"{family.name}-{preset}"
+    return ModelSource(family.name, config, family.initial(config), name, card=card)
+
+
+def _read_tokitai_run(checkpoint: Path) -> ModelSource:
+    run = read_tokitai_run(checkpoint, _read_json(checkpoint.with_name(ARCH_NAME)))
+    family = FAMILIES[TOKITAI]
+    config = family.resolve(run.raw, run.shapes)
+    check_shapes(run.shapes, family.shapes(config), str(checkpoint), ARCH_NAME)
+    name = checkpoint.resolve().parent.name
+    summary = f"{run.step} steps" if run.step else None
+    return ModelSource(family.name, config, run.tensors, name, card=Card(training_summary=summary))
+
+
 def _read_folder(folder: Path) -> ModelSource:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
+        if (folder / CHECKPOINT_NAME).is_file():
+            return _read_tokitai_run(folder / CHECKPOINT_NAME)
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files[:5]) or "none"
             raise CheckpointError(
                 f"{folder}: expected {WEIGHTS_NAME} or one other .safetensors file, found {names}",
-                hint="Export takes a finished training run, a peer's checkpoint file, or a "
+                hint="Export takes a finished training run, a checkpoint file, or a "
                 f"{WEIGHTS_NAME} with its {CONFIG_NAME}.",
             )
         weights = files[0]
@@ -129,7 +170,7 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     tensors.rename(family.canonical_name)
     vocabulary = raw.pop("vocabulary", None)
     config = family.resolve(raw, tensors.shapes())
-    tensors.check(family.shapes(config))
+    tensors.check(family.shapes(config), CONFIG_NAME)
     tokenizer: bytes | Literal["bytes"] | None = None
     if (folder / TOKENIZER_NAME).is_file():
         tokenizer = (folder / TOKENIZER_NAME).read_bytes()
@@ -184,7 +225,7 @@ def _read_bundle(weights: Path, folder: Path, raw: dict[str, Any]) -> ModelSourc
     """The peer's Hugging Face bundle: a language model."""
     tensors = SafetensorsFile(weights)
     config = bundle_config(raw, tensors.shapes(), str(folder / CONFIG_NAME))
-    tensors.check(FAMILIES["evermind-lm"].shapes(config))
+    tensors.check(FAMILIES["evermind-lm"].shapes(config), CONFIG_NAME)
     tokenizer = None
     if (folder / TOKENIZER_NAME).is_file() or (folder / VOCAB_NAME).is_file():
         tokenizer = read_peer_tokenizer(folder)
@@ -206,66 +247,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-class SafetensorsFile(Mapping[str, FloatArray]):
-    """A `.safetensors` file's tensors as float32 arrays, each read when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._disk = DiskFile(path)
-        try:
-            prefix = self._disk.read(0, min(self._disk.size, PREFIX_BYTES))
-            length = header_bytes(prefix, self._disk.size, str(path))
-            header = read_header(self._disk.read(0, length), str(path), size=self._disk.size)
-        except IntegrityError as error:
-            raise CheckpointError(f"{path}: not a safetensors file: {error.message}") from error
-        self._tensors = header
-
-    def __getitem__(self, name: str) -> FloatArray:
-        spec = self._tensors[name]
-        data = self._disk.read(spec.begin, spec.end - spec.begin)
-        array = dtypes.decode(data, spec.dtype, spec.shape)
-        return array.astype(np.float32, copy=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def rename(self, canonical: Callable[[str], str | None]) -> None:
-        """Go by other names, and drop what has none.
-
-        Raises `CheckpointError` if two tensors would get the same one.
-        """
-        names: dict[str, str] = {}
-        for stored in self._tensors:
-            name = canonical(stored)
-            if name is None:
-                continue
-            if name in names:
-                raise CheckpointError(f"{self._path}: {names[name]} and {stored} are the same")
-            names[name] = stored
-        self._tensors = {name: self._tensors[stored] for name, stored in names.items()}
-
-    def shapes(self) -> dict[str, Shape]:
-        """The shape of every tensor."""
-        return {name: spec.shape for name, spec in self._tensors.items()}
-
-    def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Raise `CheckpointError` unless the file holds exactly these tensors, as floats."""
-        problems = [f"{name}: missing" for name in shapes if name not in self._tensors]
-        problems += [
-            f"{name}: not part of the model" for name in self._tensors if name not in shapes
-        ]
-        for name in self._tensors.keys() & shapes.keys():
-            found = self._tensors[name]
-            if found.shape != shapes[name]:
-                problems.append(f"{name}: shape: expected {shapes[name]}, found {found.shape}")
-            elif found.dtype not in _FLOAT_DTYPES:
-                problems.append(f"{name}: dtype: expected a float, found {found.dtype.upper()}")
-        if problems:
-            more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
-            listed = "\n  ".join(sorted(problems)[:5])
-            raise CheckpointError(f"{self._path}: does not match {CONFIG_NAME}:\n  {listed}{more}")
