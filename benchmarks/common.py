@@ -58,14 +58,22 @@ class Report:
     targets: list[Target] = field(default_factory=list)
 
 
-def run(measure: Callable[[bool], Report], arguments: list[str] | None = None) -> None:
-    """The command line of one benchmark."""
+def run(
+    measure: Callable[[bool], Report], *, plot: Callable[[Report, Path], None] | None = None
+) -> None:
+    """The command line of one benchmark; `plot` draws its report into a file."""
     summary = (sys.modules[measure.__module__].__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--quick", action="store_true", help="few rounds of small models: a check")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    options = parser.parse_args(arguments)
+    if plot:
+        parser.add_argument(
+            "--plot", type=Path, metavar="FILE", help="draw the curves (.png, .svg)"
+        )
+    options = parser.parse_args()
     report = measure(options.quick)
+    if plot and options.plot:
+        plot(report, options.plot)
     print(json.dumps(asdict(report)) if options.json else as_text(report))
 
 

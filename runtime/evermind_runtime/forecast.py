@@ -23,7 +23,7 @@ from .trace import Trace
 SKEW: Final = 5.7
 # There, n tokens in a row use as many experts as n^0.7 that choose independently.
 REPETITION: Final = 0.7
-# One graph run on small matrices, with what Python does around it (benchmarks/spine.py).
+# One graph run on small matrices, with what Python does around it (benchmarks/language_model.py).
 GRAPH_RUN_SECONDS: Final = 60e-6
 # Beside weights and state (docs/architecture.md, "Memory").
 OVERHEAD_BYTES: Final = 100 * 2**20
