@@ -28,7 +28,7 @@ def measure(quick: bool) -> Report:
 
     from .models import language_model, package
 
-    new_tokens, rounds = (16, 2) if quick else (256, 9)
+    new_tokens, rounds = (8, 1) if quick else (256, 9)
     source = language_model(**DIMS)
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("f32", "f16"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def measure(quick: bool) -> Report:
         found = all_found[0]
         rows.append(
             [
-                f"{routing} routing, {side}",
+                f"{routing} routing, {side}" + f" ({found['io']})" * (side == "paged"),
                 speeds[routing, side],
                 shares[routing, side] if side == "paged" else None,
                 found["hit rate"],
@@ -138,6 +139,7 @@ def decode(path: str, side: str, routing: str, tokens: int) -> dict[str, Any]:
             "hit rate": stats.hit_rate if side == "paged" else None,
             "budget": model.budget,
             "enforced by": by,
+            "io": stats.io,
             "most": most,
             "routes": chosen,
         }
@@ -153,7 +155,7 @@ class _MappedPager:
     def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         pass
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> list[Slot]:
+    def acquire(self, layer: int, experts: Sequence[int]) -> AbstractContextManager[list[Slot]]:
         slots = []
         for expert in experts:
             view = self._files.use((layer, expert))
@@ -161,10 +163,7 @@ class _MappedPager:
                 slot = self._slots[layer, expert] = CpuDevice().new_slot(0)
                 slot.buffer = view
             slots.append(self._slots[layer, expert])
-        return slots
-
-    def release(self, slots: Iterable[Slot]) -> None:
-        pass
+        return nullcontext(slots)
 
     def close(self) -> None:
         self._slots.clear()
