@@ -168,9 +168,12 @@ class GraphBuilder:
         import onnx
 
         graph = self._graph()
+        opsets = [onnx.helper.make_opsetid("", OPSET)]
+        if any(node.domain for node in self._nodes):
+            opsets.append(onnx.helper.make_opsetid("com.microsoft", 1))
         model = onnx.helper.make_model(
             graph,
-            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+            opset_imports=opsets,
             ir_version=IR_VERSION,
             producer_name="evermind-pack",
         )

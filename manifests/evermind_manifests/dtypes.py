@@ -31,6 +31,9 @@ ITEMSIZE: Final[dict[DType, int]] = {
 
 Stored: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 
+#: The dtypes that `decode` turns into float32.
+FLOATS: Final[frozenset[DType]] = frozenset({"f32", "f16", "bf16"})
+
 # What an array of each dtype looks like in memory and, being little-endian, on disk.
 STORAGE: Final[dict[DType, np.dtype[Any]]] = {
     "f32": np.dtype("<f4"),

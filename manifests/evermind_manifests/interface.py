@@ -20,6 +20,7 @@ from .manifest import (
     Layer,
     Manifest,
     Plan,
+    Pool,
     Step,
 )
 from .problems import Problem, problem, raise_errors
@@ -281,6 +282,8 @@ class _Program:
             yield from _check_match(place, name, info.inputs.get(name), self._board.get(value))
         for name, resident in step.weights.items():
             yield from self._check_weight(place, resident, info.inputs.get(name))
+        for name, pool in step.pools.items():
+            yield from _check_match(place, name, self._pool(pool), info.inputs.get(name))
         if step.experts is not None:
             expected = GraphValue(step.experts.ids, "i64", None)
             ids = self._board.get(step.experts.ids)
@@ -308,10 +311,19 @@ class _Program:
                 for spec in kind.tensors
                 for i in range(layer.top_k)
             }
-        bound = {*step.inputs, *step.weights, *experts}
+        bound = {*step.inputs, *step.weights, *step.pools, *experts}
         yield from _check_bound(place, info, bound, set(step.outputs))
         for name, tensor in experts.items():
             yield from _check_match(place, name, tensor, info.inputs.get(name))
+
+    def _pool(self, pool: Pool) -> GraphValue | None:
+        layer = self._layers.get(pool.layer)
+        kind = self._kinds.get(layer.kind) if layer is not None else None
+        if layer is None or kind is None:
+            return None
+        shapes = {spec.name: spec.shape for spec in kind.tensors}
+        dims = (layer.experts, *shapes[pool.tensor]) if pool.tensor in shapes else None
+        return GraphValue(pool.tensor, "f32", dims)
 
     def _check_weight(self, place: str, name: str, bound: GraphValue | None) -> Iterator[Problem]:
         if self._resident is None:

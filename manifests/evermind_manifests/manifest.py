@@ -157,20 +157,29 @@ class FusedExperts(Struct, frozen=True, kw_only=True, omit_defaults=True):
     gates: Name | None = None
 
 
+class Pool(Struct, frozen=True, kw_only=True):
+    """One tensor of all experts of a layer, stacked and in float32: `(experts, *shape)`."""
+
+    layer: Count
+    tensor: Name
+
+
 class GraphStep(
     Struct, frozen=True, kw_only=True, omit_defaults=True, tag="graph", tag_field="step"
 ):
     """Run one graph. `inputs` and `outputs` map graph names to blackboard values.
 
     `weights` binds resident tensors as graph inputs, so that one graph can serve several
-    layers. An output named like a state replaces that state for the next call: later steps
-    of this one still read the old value, and only the plan's outputs see the new one.
+    layers; `pools` binds stacked experts (in pooled programs only). An output named like a
+    state replaces that state for the next call: later steps of this one still read the old
+    value, and only the plan's outputs see the new one.
     """
 
     graph: PackagePath
     inputs: dict[Name, Name]
     outputs: dict[Name, Name]
     weights: dict[Name, Name] = {}
+    pools: dict[Name, Pool] = {}
     experts: FusedExperts | None = None
 
 
@@ -216,9 +225,20 @@ class Router(Struct, frozen=True, kw_only=True, omit_defaults=True):
     decay: float = 0.999
 
 
-class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The two programs of a package; both compute the same function of their inputs.
+class Pooled(Struct, frozen=True, kw_only=True):
+    """The programs for a memory that holds every expert in float32: graphs over pools alone.
 
+    They produce the router's choice under the names that `prefill` gives it.
+    """
+
+    prefill: tuple[GraphStep, ...]
+    decode: tuple[GraphStep, ...]
+
+
+class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The programs of a package; all compute the same function of their inputs.
+
+    `pooled` is the same once more for a runtime that has room for it, within rounding.
     `observations` are values for introspection, which prefill alone produces; the steps that
     nothing else depends on run only when they are asked for.
     """
@@ -228,6 +248,7 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: dict[Name, StateSpec]
     prefill: tuple[Step, ...]
     decode: tuple[Step, ...]
+    pooled: Pooled | None = None
     observations: dict[Name, ValueSpec] = {}
     routers: tuple[Router, ...] = ()
 

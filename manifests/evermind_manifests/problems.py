@@ -105,6 +105,9 @@ CODES: Final[dict[str, Code]] = {
         "structure", "a layer's experts do not run exactly once per program", _WRITER
     ),
     "plan-weights": Code("structure", "a step binds weights, but nothing is resident", _WRITER),
+    "plan-pools": Code(
+        "structure", "a step binds pools that it may not, or that the experts do not have", _WRITER
+    ),
     "state-too-large": Code(
         "structure", "a state would need more than 64 GiB", "Export with a shorter context."
     ),

@@ -39,6 +39,8 @@ class Store(Protocol):
     """
 
     location: str
+    #: Whether its bytes are on this machine; what is not had better be read only when needed.
+    local: bool = True
 
     def size(self, path: str) -> int:
         """The file's length in bytes. Raises `MissingFileError`."""

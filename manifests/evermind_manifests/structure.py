@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from .dtypes import tensor_bytes
+from .dtypes import FLOATS, tensor_bytes
 from .errors import PathError, UnsupportedError
 from .manifest import (
     MANIFEST_NAME,
@@ -19,6 +19,7 @@ from .manifest import (
     FusedExperts,
     GraphStep,
     Manifest,
+    Name,
     Plan,
     Shard,
     Step,
@@ -101,6 +102,16 @@ def programs(plan: Plan) -> Iterator[tuple[str, Sequence[Step]]]:
     """The plan's programs by name."""
     yield "prefill", plan.prefill
     yield "decode", plan.decode
+    if plan.pooled is not None:
+        yield "pooled.prefill", plan.pooled.prefill
+        yield "pooled.decode", plan.pooled.decode
+
+
+def routes(plan: Plan) -> dict[int, tuple[Name, Name]]:
+    """By layer, the values that say where tokens go: expert ids, and their gates."""
+    return {
+        step.layer: (step.ids, step.gates) for step in plan.prefill if isinstance(step, ExpertsStep)
+    }
 
 
 def _check_references(manifest: Manifest) -> Iterator[Problem]:
@@ -265,6 +276,7 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
     available = set(plan.inputs) | set(plan.state)
     executed: Counter[int] = Counter()
     known = {entry.layer for entry in manifest.layers}
+    pooled = program.startswith("pooled.")
     for number, step in enumerate(steps):
         place = f"plan.{program}[{number}]"
         for name in _reads(step):
@@ -284,15 +296,20 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             yield problem("plan-experts", place, "inputs: the experts do not see all tokens")
         if isinstance(experts, FusedExperts) and program == "prefill":
             yield problem("plan-experts", place, "fused experts take one token: decode only")
-        if isinstance(step, GraphStep) and step.weights and manifest.resident is None:
-            yield problem("plan-weights", place, "weights are bound, but `resident` is not set")
+        if isinstance(step, GraphStep):
+            if step.weights and manifest.resident is None:
+                yield problem("plan-weights", place, "weights are bound, but `resident` is not set")
+            yield from _check_pools(manifest, place, step, pooled)
     for layer in sorted(known):
-        if executed[layer] != 1:
+        if executed[layer] != (not pooled):
             yield problem(
                 "plan-experts", f"plan.{program}", f"layer {layer} runs {executed[layer]} times"
             )
     wanted = {f"plan.outputs[{name!r}]": spec.value or name for name, spec in plan.outputs.items()}
     wanted |= {f"plan.state[{name!r}]": name for name in plan.state}
+    if pooled:
+        for layer, (ids, gates) in routes(plan).items():
+            wanted |= {f"layer {layer}: ids": ids, f"layer {layer}: gates": gates}
     if program == "prefill":
         wanted |= {
             f"plan.observations[{name!r}]": spec.value or name
@@ -310,6 +327,23 @@ def _whole(manifest: Manifest, layer: int) -> bool:
     """Whether the layer's experts see the whole sequence; True where another problem is."""
     kinds = (manifest.kinds.get(entry.kind) for entry in manifest.layers if entry.layer == layer)
     return all(kind is None or kind.scope == "sequence" for kind in kinds)
+
+
+def _check_pools(
+    manifest: Manifest, place: str, step: GraphStep, pooled: bool
+) -> Iterator[Problem]:
+    if step.pools and not pooled:
+        yield problem("plan-pools", place, "pools are bound outside the pooled programs")
+    kinds = {entry.layer: entry.kind for entry in manifest.layers}
+    for name, pool in step.pools.items():
+        kind = manifest.kinds.get(kinds.get(pool.layer, ""))
+        if kind is None or all(spec.name != pool.tensor for spec in kind.tensors):
+            found = f"layer {pool.layer} has no tensor {pool.tensor!r}"
+        elif any(spec.name == pool.tensor and spec.dtype not in FLOATS for spec in kind.tensors):
+            found = f"{pool.tensor!r} of layer {pool.layer} is not made of floats"
+        else:
+            continue
+        yield problem("plan-pools", place, f"pools[{name!r}]: {found}")
 
 
 def _reads(step: Step) -> list[str]:

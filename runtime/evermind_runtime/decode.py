@@ -15,7 +15,7 @@ import numpy as np
 from evermind_manifests.manifest import GraphStep
 
 from .devices import Slot, host_value, numpy_dtype
-from .program import Engine, run_graph
+from .program import Choices, Engine, run_graph
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class _BoundStep:
     bound: list[Slot | None]
     # Graph input and state, for each that grows.
     growing: list[tuple[str, str]]
+    # For a pooled step: what its routers chose (bound buffers).
+    choices: Choices
 
 
 class BoundDecode:
@@ -67,7 +69,7 @@ class BoundDecode:
             for name, spec in plan.state.items()
             if spec.grows
         }
-        steps = [step for step in plan.decode if isinstance(step, GraphStep)]
+        steps = [step for step in engine.decode if isinstance(step, GraphStep)]
         for step in steps:
             self._allocate(step)
         self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
@@ -96,7 +98,7 @@ class BoundDecode:
     @staticmethod
     def supports(engine: Engine) -> bool:
         """Whether every step of the decode program is a graph."""
-        return all(isinstance(step, GraphStep) for step in engine.manifest.plan.decode)
+        return all(isinstance(step, GraphStep) for step in engine.decode)
 
     def step(self, inputs: Mapping[str, Array]) -> None:
         """Run the program on one token (arrays as in the plan, T = 1), for `outputs`.
@@ -113,6 +115,8 @@ class BoundDecode:
                 step.binding.bind_ortvalue_input(name, _value(state.grown[value].view()))
             if step.ids is None:
                 run_graph(step.graph, step.session, step.binding)
+                if step.choices:
+                    self._engine.served(step.choices)
                 continue
             tokens = step.ids.tolist()
             pager.routed(step.layer, tokens)
@@ -152,17 +156,22 @@ class BoundDecode:
         for name, value in step.inputs.items():
             if value not in self._rows:
                 binding.bind_ortvalue_input(name, _value(read[value]))
-        for name, tensor in step.weights.items():
-            binding.bind_ortvalue_input(name, engine.weight(tensor))
+        for name, fixed in engine.fixed_inputs(step):
+            binding.bind_ortvalue_input(name, fixed)
         for name, value in step.outputs.items():
             binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
-            return _BoundStep(step.graph, session, binding, -1, None, None, [], [], growing)
+            choices = engine.choices(step, written) if step.pools else []
+            return _BoundStep(
+                step.graph, session, binding, -1, None, None, [], [], growing, choices
+            )
         layer, ids = step.experts.layer, read[step.experts.ids]
         gates = read[step.experts.gates] if step.experts.gates else None
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
-        return _BoundStep(step.graph, session, binding, layer, ids, gates, names, bound, growing)
+        return _BoundStep(
+            step.graph, session, binding, layer, ids, gates, names, bound, growing, []
+        )
 
 
 def _value(array: Array) -> ort.OrtValue:

@@ -81,10 +81,10 @@ class CpuDevice:
 
     def new_slot(self, size: int) -> Slot:
         """Host memory, in pages of its own where it is read into directly."""
-        return _CpuSlot(size)
+        return CpuSlot(size)
 
 
-class _CpuSlot:
+class CpuSlot:
     __slots__ = ("_filling", "_values", "buffer", "bytes", "pins", "valid")
 
     def __init__(self, size: int) -> None:

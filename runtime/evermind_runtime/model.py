@@ -17,20 +17,21 @@ from evermind_manifests.package import Package
 
 from . import onnx_runtime
 from .arrays import check_inputs, empty_output, join_tokens, slice_tokens, tokens_in
-from .budget import parse_budget, thrash_warning, total_expert_bytes
+from .budget import parse_budget, thrash_warning
+from .choose_plan import PlanName
 from .choose_policy import PolicyName, make_policy
 from .decode import BoundDecode
 from .devices import open_device
 from .generation import Piece, generate
 from .introspection import Introspection, report
 from .layers import expert_layers
+from .memory import available_bytes
 from .observer import Observer
+from .open_engine import open_engine
 from .openers import open_location
 from .pager import Pager
 from .profile import PROFILE_NAME, Profile, parse_profile, read_profile
-from .program import Engine, run_program
-from .resident import Resident
-from .sessions import Sessions
+from .program import run_program
 from .shard_reader import IoMode, Verify
 from .state import Array, State
 from .stats import Stats
@@ -64,31 +65,41 @@ class Model:
         policy: PolicyName = "decayed",
         profile: str | os.PathLike[str] | None = None,
         io: IoMode = "auto",
+        plan: PlanName = "auto",
     ) -> None:
         self._package = package
         manifest = package.manifest
-        total = total_expert_bytes(manifest)
-        self.budget = total if budget is None else min(parse_budget(budget, manifest), total)
         self.threads = onnx_runtime.start(threads)
         self._device = open_device(device)
-        chosen = make_policy(
-            policy,
-            expert_layers(manifest),
-            self.budget,
-            _read_profile(package, profile) if profile or policy == "pinned" else None,
+        heat = _read_profile(package, profile) if profile or policy == "pinned" else None
+        layers = expert_layers(manifest)
+        self._engine, self.plan = open_engine(
+            package,
+            self._device,
+            plan,
+            None if budget is None else parse_budget(budget, manifest),
+            free=available_bytes(),
+            make_pager=lambda room: Pager(
+                package,
+                self._device,
+                room,
+                make_policy(policy, layers, room, heat),
+                verify=verify,
+                io=io,
+            ),
         )
-        self._pager = Pager(package, self._device, self.budget, chosen, verify=verify, io=io)
+        #: The most that expert weights take in memory, in bytes.
+        self.budget = self.plan.budget
+        self._pager = self._engine.pager
         self._trace: TraceWriter | None = None
         self._closed = False
-        resident = Resident(package)
-        sessions = Sessions(package, resident, self._device)
-        self._engine = Engine(manifest, sessions, resident, self._pager)
         self._binds_decode = BoundDecode.supports(self._engine)
         self._codec: TextCodec | None = None
         self._observer: Observer | None = None
         self._tokens = 0
         self._lock = threading.Lock()
-        if warning := thrash_warning(self.budget, manifest):
+        paged = self.plan.name == "paged"
+        if paged and (warning := thrash_warning(self.budget, manifest)):
             warnings.warn(warning, PagingWarning, stacklevel=3)
 
     @property
@@ -250,6 +261,7 @@ class Model:
         """Counters since loading."""
         pager = self._pager
         counters, slots = pager.counters, pager.slots.counters
+        pooled = self._engine.pools.bytes if self._engine.pools else 0
         return Stats(
             tokens=self._tokens,
             expert_hits=counters.hits,
@@ -260,8 +272,8 @@ class Model:
             wait_seconds=counters.wait_seconds,
             io=pager.reader.mode,
             io_note=pager.reader.note,
-            resident_expert_bytes=slots.resident_bytes,
-            peak_resident_expert_bytes=slots.peak_resident_bytes,
+            resident_expert_bytes=slots.resident_bytes + pooled,
+            peak_resident_expert_bytes=slots.peak_resident_bytes + pooled,
             budget_bytes=self.budget,
         )
 
@@ -343,10 +355,12 @@ class Model:
     ) -> dict[str, Array]:
         plan = self.manifest.plan
         names = {name: plan.outputs[name].value or name for name in wanted}
-        steps = plan.prefill if program == "prefill" else plan.decode
-        observer = self._observer
+        engine, observer = self._engine, self._observer
+        steps = engine.prefill if program == "prefill" else engine.decode
+        if observer:
+            steps = plan.prefill
         needed = [*names.values(), *(observer.wanted if observer else ())]
-        values = run_program(self._engine, steps, inputs, state, needed, observer)
+        values = run_program(engine, steps, inputs, state, needed, observer)
         if observer:
             observer.record(values, tokens_in(plan, inputs))
         return {name: values[value] for name, value in names.items()}
@@ -363,6 +377,7 @@ def load(
     profile: str | os.PathLike[str] | None = None,
     remote: RemoteOptions | None = None,
     io: IoMode = "auto",
+    plan: PlanName = "auto",
 ) -> Model:
     """Open a package (a folder, one `.zip` file, or the URL of either) and make it ready to run.
 
@@ -375,15 +390,18 @@ def load(
     (default: all usable cores). `verify` says when a shard's sha256 is checked: at its
     first read in this model, always, or never. `policy` chooses which expert to give up when
     the budget is spent: `"decayed"`, `"lru"`, or `"pinned"`, which keeps what `profile` (a
-    file; by default the package's own profile.json) says is hot; see docs/paging.md. `remote`
-    says how a URL is read and which package alone will do; see docs/network.md. `io` says how
-    experts are read: `"direct"` from the disk into place, `"buffered"` through the page cache,
-    or what should be the faster of them.
+    file; by default the package's own profile.json) says is hot; see docs/paging.md. `plan`
+    is how experts are held: `"resident"` (all of them stacked in float32: one call a token),
+    `"half"` (all, as they are stored), `"paged"`, or `"auto"`, which takes the fastest that
+    fits; `Model.plan` says which and why. `remote` says how a URL is read and which package
+    alone will do; see docs/network.md. `io` says how experts are read: `"direct"` from the
+    disk into place, `"buffered"` through the page cache, or what should be the faster of them.
 
-    Raises `BudgetError` if one step's experts do not fit, `DeviceError` for a device or
-    thread count that cannot be had, `InputError` for a policy without the profile it needs
-    or direct reads that cannot be had, `ManifestError` or `IntegrityError` for a package that
-    is not what it should be, and `NetworkError` for one that cannot be fetched.
+    Raises `BudgetError` if one step's experts or the plan asked for do not fit,
+    `DeviceError` for a device or thread count that cannot be had, `InputError` for a policy
+    without the profile it needs or direct reads that cannot be had, `ManifestError` or
+    `IntegrityError` for a package that is not what it should be, and `NetworkError` for one
+    that cannot be fetched.
     """
     options = remote or RemoteOptions()
     package = open_location(location, options)
@@ -398,6 +416,7 @@ def load(
             policy=policy,
             profile=profile,
             io=io,
+            plan=plan,
         )
     except BaseException:
         package.close()

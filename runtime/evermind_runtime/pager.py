@@ -230,6 +230,16 @@ class Pager:
                 self._later.append(self._begin([(key, slot)], wanted=False))
                 self._readers.wake(self._work)
 
+    def served(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
+        """For each token, the experts it used of a layer where all stand in pools."""
+        with self._lock:
+            for experts in tokens:
+                self.counters.hits += len(experts)
+                for expert in experts:
+                    self.pages[layer, expert].hits += 1
+            if self.recorder:
+                self.recorder(layer, tokens)
+
     def close(self) -> None:
         """Drop every slot. Reads that run are waited for, what waits is refused."""
         with self._lock:

@@ -6,20 +6,22 @@ the same for one token with everything bound in advance.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, GraphStep, Kind, Manifest, Step
+from evermind_manifests.structure import routes
 
 from .counts import ExpertCounts
 from .devices import Slot
 from .finite import FiniteCheck
 from .observer import Observer
 from .pager import Pager
+from .pools import Pools
 from .resident import Resident
 from .sessions import Sessions
 from .state import Array, State
@@ -28,12 +30,22 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+#: (layer, ids (T, k), gates (T, k)) of each layer.
+Choices: TypeAlias = list[tuple[int, Array, Array]]
+
+
 class Engine:
     """What every executor of one model shares."""
 
     def __init__(
-        self, manifest: Manifest, sessions: Sessions, resident: Resident, pager: Pager
+        self,
+        manifest: Manifest,
+        sessions: Sessions,
+        resident: Resident,
+        pager: Pager,
+        pools: Pools | None = None,
     ) -> None:
+        """With `pools`, the pooled programs run and the pager only counts."""
         self.manifest = manifest
         self.sessions = sessions
         self.resident = resident
@@ -43,6 +55,13 @@ class Engine:
         }
         self.finite = FiniteCheck(manifest.plan)
         self.counts = ExpertCounts(manifest.layers)
+        self.pools = pools
+        plan = manifest.plan
+        pooled = plan.pooled if pools else None
+        #: The program for any number of tokens, and the one for one token.
+        self.prefill: Sequence[Step] = pooled.prefill if pooled else plan.prefill
+        self.decode: Sequence[Step] = pooled.decode if pooled else plan.decode
+        self._routes = routes(plan)
         self._weights: dict[str, ort.OrtValue] = {}
 
     def weight(self, name: str) -> ort.OrtValue:
@@ -50,6 +69,31 @@ class Engine:
         if name not in self._weights:
             self._weights[name] = self.resident.value(name)
         return self._weights[name]
+
+    def fixed_inputs(self, step: GraphStep) -> Iterator[tuple[str, ort.OrtValue]]:
+        """What a step binds that never changes: resident tensors and pools."""
+        for name, tensor in step.weights.items():
+            yield name, self.weight(tensor)
+        for name, pool in step.pools.items():
+            assert self.pools, "pooled programs run once the pools are filled"
+            yield name, self.pools.value(pool)
+
+    def choices(self, step: GraphStep, values: Mapping[str, Array]) -> Choices:
+        """The routes among what a pooled step gave: (layer, ids, gates) of each layer."""
+        return [
+            (layer, values[ids], values[gates])
+            for layer, (ids, gates) in self._routes.items()
+            if ids in step.outputs.values()
+        ]
+
+    def served(self, choices: Choices) -> None:
+        """A pooled step has run: count what its routers chose."""
+        for layer, ids, gates in choices:
+            self.pager.served(layer, ids.tolist())
+            if len(ids) == 1:
+                self.counts.routed_one(layer, ids.tolist()[0], gates.tolist()[0])
+            else:
+                self.counts.routed(layer, ids, gates)
 
     def expert_inputs(self, layer: int, top_k: int) -> list[tuple[str, ...]]:
         """The graph inputs a fused step's experts are bound to, by position."""
@@ -78,6 +122,8 @@ def run_program(
     for step in needed_steps(steps, wanted, current):
         if isinstance(step, GraphStep):
             values = _run_graph(engine, step, board)
+            if step.pools:
+                engine.served(_needed_choices(engine, step, values, wanted, state))
         else:
             values = {step.y: _run_experts(engine, step, board, observer)}
         for name, array in values.items():
@@ -107,6 +153,23 @@ def needed_steps(
     return kept[::-1]
 
 
+def _needed_choices(
+    engine: Engine,
+    step: GraphStep,
+    values: Mapping[str, Array],
+    wanted: Collection[str],
+    state: State,
+) -> Choices:
+    """A pooled step's routes, without those of experts that nobody needed this time."""
+    prefill = engine.manifest.plan.prefill
+    layers = {
+        one.layer
+        for one in needed_steps(prefill, wanted, state.current)
+        if isinstance(one, ExpertsStep)
+    }
+    return [choice for choice in engine.choices(step, values) if choice[0] in layers]
+
+
 def run_graph(path: str, session: Any, binding: ort.IOBinding) -> None:
     """Run what is bound; `GraphError`, naming the graph, if ONNX Runtime cannot."""
     try:
@@ -120,8 +183,8 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
     binding = session.io_binding()
     for name, value in step.inputs.items():
         binding.bind_cpu_input(name, np.ascontiguousarray(board[value]))
-    for name, tensor in step.weights.items():
-        binding.bind_ortvalue_input(name, engine.weight(tensor))
+    for name, value in engine.fixed_inputs(step):
+        binding.bind_ortvalue_input(name, value)
     for name in step.outputs:
         binding.bind_output(name, "cpu")
     if step.experts is None:

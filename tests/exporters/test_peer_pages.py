@@ -79,7 +79,7 @@ def test_it_computes_the_same_under_any_budget(tmp_path, half):
     dtype = "f16" if half else "f32"
     export_package(read_source(path), tmp_path / "p", ExportOptions(dtype=dtype))
     tokens = np.arange(40) * 7 % LM_CONFIG["vocabSize"]
-    with em.load(tmp_path / "p") as model:
+    with em.load(tmp_path / "p", plan="half") as model:
         expected = model.forward({"tokens": tokens})["logits"]
         text = [piece.token for piece in model.generate([1, 2], max_new_tokens=12)]
     for budget in ("100%", "30%", "10%"):
@@ -152,7 +152,7 @@ def test_a_file_that_changes_under_us_is_noticed(tmp_path):
     path = tmp_path / "layer"
     data = bytearray((GOLDEN / "moe_small" / "moe.v1.bin").read_bytes())
     path.write_bytes(data)
-    with em.load(path) as model:
+    with em.load(path, plan="paged") as model:
         data[-4] ^= 1
         path.write_bytes(data)
         x = np.ones((8, model.manifest.config["modelDim"]), np.float32) * np.arange(-4, 4)[:, None]

@@ -185,6 +185,13 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "plan.state['state']",
         "only the first dimension grows",
     ),
+    "plan-pools": (
+        edit(
+            lambda raw: raw["plan"]["decode"][0].update(pools={"p": {"layer": 0, "tensor": "w1"}})
+        ),
+        "plan.decode[0]",
+        "outside the pooled programs",
+    ),
     "state-too-large": (
         edit(lambda raw: raw["plan"]["state"].update(state=HUGE_STATE)),
         "plan.state['state']",

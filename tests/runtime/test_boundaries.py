@@ -271,7 +271,7 @@ def test_the_budget_holds_when_experts_differ_in_size(
     """Every slot's memory is counted by what is alive, not by the pager's own books."""
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    class Counted(devices._CpuSlot):
+    class Counted(devices.CpuSlot):
         pass  # no __slots__, so that it can be referred to weakly
 
     def new_slot(self: devices.CpuDevice, size: int) -> Any:

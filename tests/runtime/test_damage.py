@@ -143,9 +143,9 @@ def test_any_other_damaged_file_is_named(
 
 
 def test_a_read_that_went_wrong_once_is_tried_again(lm_package: Path) -> None:
-    with em.load(lm_package) as expected_model:
+    with em.load(lm_package, plan="half") as expected_model:
         expected = expected_model.forward(TOKENS)["logits"]
-    with em.load(lm_package) as model:
+    with em.load(lm_package, plan="half") as model:
         store = model._package.store
         honest = store.read_into
         reads: dict[tuple[str, int], int] = {}

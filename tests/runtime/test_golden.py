@@ -31,17 +31,25 @@ def assert_close(found: np.ndarray, expected: Any) -> None:
     assert np.abs(found - expected).max() <= TOLERANCE * scale
 
 
+@pytest.fixture(params=["75%", None], ids=["paged", "resident"])
+def budget(request: pytest.FixtureRequest) -> str | None:
+    """Room for some of the experts, or for all of them in pools."""
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", MOE)
-def test_moe(golden_package: Packages, name: str, steps: Any, half: bool) -> None:
+def test_moe(
+    golden_package: Packages, name: str, steps: Any, half: bool, budget: str | None
+) -> None:
     case = golden_case(name)
     width = case["config"].get("modelDim", 64)
     x = np.zeros((len(case["inputs"]), width), dtype=np.float32)
     for row, values in zip(x, case["inputs"], strict=True):
         row[: len(values)] = values[:width]
     expected = case["expected_fp16" if half else "expected_f32"]
-    with em.load(golden_package(name, half=half), budget="50%") as model:
+    with em.load(golden_package(name, half=half), budget=budget) as model:
         outputs = model.forward({"x": x}, steps=steps)
     assert_close(outputs["y"], [one["output"] for one in expected])
     assert outputs["ids.0"].tolist() == [one["experts"] for one in expected]
@@ -52,9 +60,11 @@ def test_moe(golden_package: Packages, name: str, steps: Any, half: bool) -> Non
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", LM)
-def test_lm_logits_and_routes(golden_package: Packages, name: str, steps: Any) -> None:
+def test_lm_logits_and_routes(
+    golden_package: Packages, name: str, steps: Any, budget: str | None
+) -> None:
     case = golden_case(name)
-    with em.load(golden_package(name), budget="75%") as model:
+    with em.load(golden_package(name), budget=budget) as model:
         for one in case["forward"]:
             if not one["tokens"]:
                 continue
@@ -74,8 +84,8 @@ def _by_layer(routes: list[Any], model: em.Model) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("name", ["lm_small", "lm_trained"])
-def test_half_lm_logits(golden_package: Packages, name: str) -> None:
-    with em.load(golden_package(name, half=True), budget="75%") as model:
+def test_half_lm_logits(golden_package: Packages, name: str, budget: str | None) -> None:
+    with em.load(golden_package(name, half=True), budget=budget) as model:
         for one in golden_case(name)["forward"]:
             if "logits_fp16" in one:
                 outputs = model.forward({"tokens": one["tokens"]})
@@ -83,9 +93,9 @@ def test_half_lm_logits(golden_package: Packages, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LM)
-def test_greedy_and_sampled_tokens(golden_package: Packages, name: str) -> None:
+def test_greedy_and_sampled_tokens(golden_package: Packages, name: str, budget: str | None) -> None:
     case = golden_case(name)
-    with em.load(golden_package(name), budget="75%") as model:
+    with em.load(golden_package(name), budget=budget) as model:
         for one in [*case["greedy"], *case["sampled"]]:
             stop = one.get("stop_token")
             pieces = model.generate(
@@ -99,9 +109,9 @@ def test_greedy_and_sampled_tokens(golden_package: Packages, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LM)
-def test_half_greedy_tokens(golden_package: Packages, name: str) -> None:
+def test_half_greedy_tokens(golden_package: Packages, name: str, budget: str | None) -> None:
     one = golden_case(name)["greedy_fp16"]
-    with em.load(golden_package(name, half=True), budget="75%") as model:
+    with em.load(golden_package(name, half=True), budget=budget) as model:
         pieces = model.generate(one["prompt"], max_new_tokens=one["max_new_tokens"])
         assert [piece.token for piece in pieces] == one["tokens"]
 

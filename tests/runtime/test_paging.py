@@ -28,7 +28,7 @@ prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40)
 
 @pytest.fixture(scope="module")
 def unpaged(lm_package: Path) -> em.Model:
-    return em.load(lm_package)
+    return em.load(lm_package, plan="half")
 
 
 @pytest.fixture(scope="module", params=["least", "25%", "50%", "100%"])
@@ -148,7 +148,10 @@ def test_edge_top_k(tmp_path: Path, top_k: int) -> None:
         "topK": top_k,
     }
     package = export(random_source("evermind-lm", config), tmp_path / "edge", dtype="f32")
-    with em.load(package) as all_resident, em.load(package, budget=f"{20 * top_k}%") as paged:
+    with (
+        em.load(package, plan="half") as all_resident,
+        em.load(package, budget=f"{20 * top_k}%") as paged,
+    ):
         tokens = [1, 6, 0, 3]
         expected = all_resident.forward({"tokens": tokens}, steps="decode")
         found = paged.forward({"tokens": tokens}, steps="decode")

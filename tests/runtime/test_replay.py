@@ -175,7 +175,7 @@ def test_a_replay_counts_what_the_pager_counted(
     lm_package: Path, policy: str, share: float, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(5)
-    with em.load(lm_package) as model:
+    with em.load(lm_package, plan="half") as model:
         least, cycle = working_set_bytes(model.manifest), token_cycle_bytes(model.manifest)
         model.trace(tmp_path / "t.jsonl")
         _use(model, rng)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from evermind_manifests.manifest import (
@@ -18,6 +19,8 @@ from evermind_manifests.manifest import (
     GraphStep,
     Layer,
     Plan,
+    Pool,
+    Pooled,
     StateSpec,
     Step,
     ValueSpec,
@@ -30,7 +33,8 @@ from ..family import Arrays, Config
 from ..onnx_graph import ExternalTensor, GraphBuilder
 from .evermind import EvermindFamily
 from .kind import expert_kind, fused_experts
-from .relu_expert import KIND, TENSORS, expert, expert_layout, route
+from .pooled import pool_bindings, pool_inputs, pooled_experts
+from .relu_expert import KIND, TENSORS, Routed, expert, expert_layout, route
 
 _EMBEDDING = "token_embedding.weight"
 # Source: specs/evermind-formats.md, section 8.3.
@@ -90,6 +94,8 @@ class EvermindLm(EvermindFamily):
         for segment in range(dims.layers + 1):
             graphs[_path("prefill", segment)] = _segment(dims, segment, resident, None)
             graphs[_path("decode", segment)] = _segment(dims, segment, resident, layout)
+        graphs[_pooled_path("prefill")] = _pooled(dims, "T", resident, layout)
+        graphs[_pooled_path("decode")] = _pooled(dims, 1, resident, layout)
 
         state = {}
         if dims.kernel > 1:
@@ -117,6 +123,10 @@ class EvermindLm(EvermindFamily):
                 state=state,
                 prefill=tuple(_prefill_steps(dims)),
                 decode=tuple(_step(dims, "decode", segment) for segment in range(dims.layers + 1)),
+                pooled=Pooled(
+                    prefill=(_pooled_step(dims, "prefill", layout),),
+                    decode=(_pooled_step(dims, "decode", layout),),
+                ),
             ),
             active_parameters=dims.vocab * dims.d_model
             + dims.layers * (trunk + (1 + dims.top_k) * per_expert),
@@ -150,7 +160,7 @@ def _step(dims: _Dims, program: str, segment: int) -> GraphStep:
         inputs["base"] = f"base.{previous}"
         if program == "decode":
             inputs |= {"n": f"n.{previous}", "gates": f"gates.{previous}"}
-            fused = FusedExperts(layer=previous, ids=f"ids.{previous}")
+            fused = FusedExperts(layer=previous, ids=f"ids.{previous}", gates=f"gates.{previous}")
         else:
             inputs["e"] = f"e.{previous}"
     if segment == dims.layers:
@@ -186,27 +196,84 @@ def _segment(
             gates = b.input("gates", "f32", [1, dims.top_k])
             x = fused_experts(b, n, gates, dims.top_k, layout, expert, base)
     if segment == dims.layers:
-        logits = b.op("Gemm", x, b.weight(_EMBEDDING), transB=1)
-        b.output(logits, "logits", "f32", [tokens, dims.vocab])
+        b.output(_head(b, x), "logits", "f32", [tokens, dims.vocab])
         return b.build()
-
-    prefix = f"layers.{segment}."
-    convolved = _convolution(b, _rms_norm(b, x, f"{prefix}norm_conv.weight"), prefix, dims, tokens)
-    residual = b.op("Add", x, convolved)
-    n = _rms_norm(b, residual, f"{prefix}norm_moe.weight")
-    routed = route(b, n, f"{prefix}moe.", dims.top_k)
-    b.output(b.op("Add", residual, routed.shared), "base_out", "f32", [tokens, d_model])
-    b.output(n, "n_out", "f32", [tokens, d_model])
-    b.output(routed.ids, "ids_out", "i64", [tokens, dims.top_k])
-    b.output(routed.gates, "gates_out", "f32", [tokens, dims.top_k])
+    trunk = _trunk(b, x, segment, dims, tokens)
+    base = b.op("Add", trunk.residual, trunk.routed.shared)
+    b.output(base, "base_out", "f32", [tokens, d_model])
+    b.output(trunk.n, "n_out", "f32", [tokens, d_model])
+    b.output(trunk.routed.ids, "ids_out", "i64", [tokens, dims.top_k])
+    b.output(trunk.routed.gates, "gates_out", "f32", [tokens, dims.top_k])
     return b.build()
+
+
+def _pooled(
+    dims: _Dims, tokens: int | str, resident: Mapping[str, ExternalTensor], layout: ShardLayout
+) -> bytes:
+    """The whole model in one graph, over pools of experts."""
+    b = GraphBuilder("model", resident)
+    x = b.op("Gather", b.weight(_EMBEDDING), b.input("tokens", "i64", [tokens]), axis=0)
+    for layer in range(dims.layers):
+        trunk = _trunk(b, x, layer, dims, tokens, f".{layer}")
+        ids, gates = trunk.routed.ids, trunk.routed.gates
+        b.output(ids, f"ids.{layer}", "i64", [tokens, dims.top_k])
+        b.output(gates, f"gates.{layer}", "f32", [tokens, dims.top_k])
+        y = pooled_experts(
+            b,
+            trunk.n,
+            ids,
+            gates,
+            pool_inputs(b, layer, dims.experts, layout),
+            experts=dims.experts,
+            top_k=dims.top_k,
+            activation="relu",
+        )
+        x = b.op("Add", b.op("Add", trunk.residual, trunk.routed.shared), y)
+    b.output(_head(b, x), "logits", "f32", [tokens, dims.vocab])
+    return b.build()
+
+
+def _pooled_step(dims: _Dims, program: str, layout: ShardLayout) -> GraphStep:
+    inputs, outputs = {"tokens": "tokens"}, {"logits": "logits"}
+    pools: dict[str, Pool] = {}
+    for layer in range(dims.layers):
+        outputs |= {f"{value}.{layer}": f"{value}.{layer}" for value in ("ids", "gates")}
+        if dims.kernel > 1:
+            inputs[f"conv.{layer}"] = outputs[f"conv_out.{layer}"] = f"conv.{layer}"
+        pools |= pool_bindings(layer, layout)
+    return GraphStep(graph=_pooled_path(program), inputs=inputs, outputs=outputs, pools=pools)
+
+
+class _Trunk(NamedTuple):
+    """Graph values of a layer before its experts: the residual sum, what they take, routes."""
+
+    residual: str
+    n: str
+    routed: Routed
+
+
+def _trunk(
+    b: GraphBuilder, x: str, layer: int, dims: _Dims, tokens: int | str, state: str = ""
+) -> _Trunk:
+    """A layer up to its router; the convolution's state is `conv{state}` and `conv_out{state}`."""
+    prefix = f"layers.{layer}."
+    n = _rms_norm(b, x, f"{prefix}norm_conv.weight")
+    residual = b.op("Add", x, _convolution(b, n, prefix, dims, tokens, state))
+    n = _rms_norm(b, residual, f"{prefix}norm_moe.weight")
+    return _Trunk(residual, n, route(b, n, f"{prefix}moe.", dims.top_k))
+
+
+def _head(b: GraphBuilder, x: str) -> str:
+    return str(b.op("Gemm", x, b.weight(_EMBEDDING), transB=1))
 
 
 def _rms_norm(b: GraphBuilder, x: str, gain: str) -> str:
     return str(b.op("RMSNormalization", x, b.weight(gain), axis=-1, epsilon=_EPSILON))
 
 
-def _convolution(b: GraphBuilder, n: str, prefix: str, dims: _Dims, tokens: int | str) -> str:
+def _convolution(
+    b: GraphBuilder, n: str, prefix: str, dims: _Dims, tokens: int | str, state: str
+) -> str:
     """The causal depthwise convolution of `n`; declares the state input and output.
 
     Tap j is the lag, so the taps are reversed to meet the window, which is oldest first.
@@ -216,11 +283,11 @@ def _convolution(b: GraphBuilder, n: str, prefix: str, dims: _Dims, tokens: int 
     window = n
     if dims.kernel > 1:
         state_dims = [dims.kernel - 1, dims.d_model]
-        window = b.op("Concat", b.input("conv", "f32", state_dims), n, axis=0)
+        window = b.op("Concat", b.input(f"conv{state}", "f32", state_dims), n, axis=0)
         last = b.op(
             "Slice", window, b.const([1 - dims.kernel]), b.const([_SLICE_END]), b.const([0])
         )
-        b.output(last, "conv_out", "f32", state_dims)
+        b.output(last, f"conv_out{state}", "f32", state_dims)
     if tokens == 1:
         products = b.op("Mul", window, b.op("Transpose", taps, perm=[1, 0]))
         return str(b.op("ReduceSum", products, b.const([0]), keepdims=1))
@@ -233,6 +300,10 @@ def _convolution(b: GraphBuilder, n: str, prefix: str, dims: _Dims, tokens: int 
 
 def _path(program: str, segment: int) -> str:
     return f"graphs/{program}_{segment:02d}.onnx"
+
+
+def _pooled_path(program: str) -> str:
+    return f"graphs/pooled_{program}.onnx"
 
 
 FAMILY = EvermindLm()

@@ -11,6 +11,7 @@ from evermind_manifests.manifest import (
     GraphStep,
     Layer,
     Plan,
+    Pooled,
     ValueSpec,
 )
 from evermind_runtime.lcg import Lcg
@@ -20,6 +21,7 @@ from ..family import Arrays, Config
 from ..onnx_graph import ExternalTensor, GraphBuilder
 from .evermind import EvermindFamily
 from .kind import expert_kind, fused_experts
+from .pooled import pool_bindings, pool_inputs, pooled_experts
 from .relu_expert import KIND, TENSORS, expert, expert_layout, route
 
 
@@ -80,10 +82,34 @@ class SharedExpertMoe(EvermindFamily):
         b.output(y, "y", "f32", [1, d_model])
         fused = b.build()
 
+        b = GraphBuilder("layer", resident)
+        x = b.input("x", "f32", ["T", d_model])
+        routed = route(b, x, "", top_k)
+        b.output(routed.ids, "ids", "i64", ["T", top_k])
+        b.output(routed.gates, "gates", "f32", ["T", top_k])
+        y = pooled_experts(
+            b,
+            x,
+            routed.ids,
+            routed.gates,
+            pool_inputs(b, 0, experts, layout),
+            experts=experts,
+            top_k=top_k,
+            activation="relu",
+        )
+        b.output(b.op("Add", routed.shared, y), "y", "f32", ["T", d_model])
+        pooled = b.build()
+
         router_step = GraphStep(
             graph="graphs/router.onnx",
             inputs={"x": "x"},
             outputs={"base": "base", "ids": "ids.0", "gates": "gates.0"},
+        )
+        pooled_step = GraphStep(
+            graph="graphs/pooled.onnx",
+            inputs={"x": "x"},
+            outputs={"y": "y", "ids": "ids.0", "gates": "gates.0"},
+            pools=pool_bindings(0, layout),
         )
         plan = Plan(
             inputs={"x": ValueSpec(dtype="f32", shape=("T", d_model))},
@@ -108,9 +134,10 @@ class SharedExpertMoe(EvermindFamily):
                     graph="graphs/experts.onnx",
                     inputs={"base": "base", "n": "x", "gates": "gates.0"},
                     outputs={"y": "y"},
-                    experts=FusedExperts(layer=0, ids="ids.0"),
+                    experts=FusedExperts(layer=0, ids="ids.0", gates="gates.0"),
                 ),
             ),
+            pooled=Pooled(prefill=(pooled_step,), decode=(pooled_step,)),
         )
         per_expert = 2 * d_model * hidden + hidden + d_model
         return Blueprint(
@@ -120,6 +147,7 @@ class SharedExpertMoe(EvermindFamily):
                 "graphs/router.onnx": router,
                 "graphs/combine.onnx": combine,
                 "graphs/experts.onnx": fused,
+                "graphs/pooled.onnx": pooled,
             },
             plan=plan,
             active_parameters=experts * d_model + (1 + top_k) * per_expert,

@@ -63,6 +63,8 @@ class CachedStore(Store):
     read, anything else raises `OfflineError`.
     """
 
+    local = False
+
     def __init__(
         self,
         remote: StreamStore | None,

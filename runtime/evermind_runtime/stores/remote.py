@@ -147,6 +147,8 @@ class StreamStore(Store):
 class RemoteStore(StreamStore):
     """Named files on a server, read by ranges. Thread-safe."""
 
+    local = False
+
     def __init__(self, location: str, options: RemoteOptions) -> None:
         self.location = location
         self.options = options

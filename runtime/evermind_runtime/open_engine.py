@@ -1,0 +1,65 @@
+"""From a package and a memory budget to an engine: choose the plan, set it up, test it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.package import Package
+
+from .budget import working_set_bytes
+from .choose_plan import PlanChoice, PlanName, choose_plan
+from .devices import Device
+from .pager import Pager
+from .pools import Pools
+from .program import Engine
+from .resident import Resident
+from .self_test import pooled_fault
+from .sessions import Sessions
+
+
+def open_engine(
+    package: Package,
+    device: Device,
+    plan: PlanName,
+    budget: int | None,
+    *,
+    free: int | None,
+    make_pager: Callable[[int], Pager],
+) -> tuple[Engine, PlanChoice]:
+    """An engine under the plan that `choose_plan` finds, and what it found.
+
+    `make_pager` makes one for a budget in bytes. Pooled programs that fail their self-test
+    are not used: `UnsupportedError` if they were asked for, else the next plan, which says so.
+    """
+    manifest = package.manifest
+    early = "pools would fetch all of them before the first token"
+    remote = None if package.store.local else early
+    choice = choose_plan(plan, manifest, budget, device.name, free, remote)
+    resident = Resident(package)
+
+    def engine(room: int, pools: Pools | None = None, pager: Pager | None = None) -> Engine:
+        sessions = Sessions(package, resident, device)
+        return Engine(manifest, sessions, resident, pager or make_pager(room), pools)
+
+    if choice.name != "resident":
+        return engine(choice.budget), choice
+    # Experts pass through one working set on their way into the pools. That pager stays, for
+    # programs that observe experts one by one; the test has another, and counts nowhere else.
+    step = working_set_bytes(manifest)
+    filling = engine(step).pager
+    pools = Pools(manifest, filling)
+    trial = engine(step)
+    fault = pooled_fault(engine(step, pools, trial.pager), trial)
+    trial.pager.close()
+    if fault is None:
+        return engine(step, pools, filling), choice
+    if plan == "resident":
+        raise UnsupportedError(
+            f"plan: the pooled programs do not compute what the others do: {fault}",
+            hint="This ONNX Runtime's operators differ from those the package was made for: "
+            "leave the plan to 'auto', or upgrade ONNX Runtime.",
+        )
+    failed = f"the pooled programs failed their self-test ({fault})"
+    choice = choose_plan(plan, manifest, budget, device.name, free, failed)
+    return engine(choice.budget), choice
