@@ -85,6 +85,8 @@ class CpuDevice:
 
 
 class CpuSlot:
+    """A slot in host memory, whose `buffer` is what graphs read."""
+
     __slots__ = ("_filling", "_values", "buffer", "bytes", "pins", "valid")
 
     def __init__(self, size: int) -> None:
@@ -102,6 +104,7 @@ class CpuSlot:
         return self._filling
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
+        """See `Slot`; the values are views of the buffer, built once per kind."""
         values = self._values.get(id(kind))
         if values is None:
             values = self._values[id(kind)] = tuple(self._view(spec) for spec in kind.tensors)
