@@ -26,6 +26,11 @@ COMMANDS = {
     "run": "generate text, or run arrays through a package, under a memory budget",
     "trace": "record which experts tokens use, and replay it under every policy",
     "convert": "write a package's model as one of the peer's files",
+    "pull": "fetch a package from a server, or only the experts it is likely to need",
+    "push": "copy a package to a folder, a web server or a bucket: only what is not there",
+    "diff": "show what changed between two packages, and what an update would fetch",
+    "serve": "serve a package to browsers and other machines",
+    "cache": "show, check and clear what was fetched from servers",
 }
 _INTERRUPTED = 130
 

@@ -10,6 +10,7 @@ from evermind_manifests.package import Package
 from evermind_runtime.budget import token_cycle_bytes, total_expert_bytes, working_set_bytes
 from evermind_runtime.openers import open_location
 
+from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table
 
 EXAMPLES = """\
@@ -21,13 +22,16 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The package, and whether to list every shard."""
-    parser.add_argument("package", metavar="PKG", help="a package, or a peer's model file")
+    parser.add_argument(
+        "package", metavar="PKG", help="a package (folder, .zip, URL), or a peer's model file"
+    )
     parser.add_argument("--shards", action="store_true", help="list every shard too")
+    add_remote_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the summary. Only the manifest is read; of a peer's file, all of it."""
-    with open_location(args.package) as package:
+    with open_location(args.package, remote_options(args)) as package:
         summary = summarize(package)
         manifest = package.manifest
     if args.json:

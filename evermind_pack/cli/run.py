@@ -16,12 +16,14 @@ from evermind_runtime import Model, PagingWarning, load
 
 from .arrays import check_targets, read_arrays, read_states, write_arrays, write_states
 from .introspection import draw_heatmap, print_introspection, write_prometheus
+from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table, remark
 
 EXAMPLES = """\
   evermind-pack run shakespeare/ --prompt "def " --max-new 64 --budget 25%
   evermind-pack run shakespeare/ --tokens 1,2,3 --max-new 16 --temperature 0.8 --seed 7 --json
   evermind-pack run model.evermind --tokens 1,2,3 --max-new 16 --budget 25%
+  evermind-pack run https://models.example.org/shakespeare/ --prompt "def " --max-new 64
   evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
   evermind-pack run chat/ --tokens 1,2,3 --max-new 16 --introspect --heatmap experts.png
   evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
@@ -32,7 +34,9 @@ _TOKEN_ID = re.compile(r"\s*\d{1,18}\s*", re.ASCII)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Either a prompt to continue, or arrays to push through."""
-    parser.add_argument("package", metavar="PKG", help="a package, or a peer's model file")
+    parser.add_argument(
+        "package", metavar="PKG", help="a package (folder, .zip, URL), or a peer's model file"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="text to continue")
     what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
@@ -84,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inside.add_argument(
         "--heatmap", metavar="PNG", type=Path, help="draw how experts share the tokens"
     )
+    network = add_remote_arguments(parser)
+    network.add_argument(
+        "--prefetch",
+        action="store_true",
+        help="fetch the experts that the package's profile.json calls hot in the background",
+    )
     text = parser.add_argument_group("generation (--prompt, --tokens)")
     text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
     text.add_argument(
@@ -120,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
                 policy=args.policy,
                 profile=args.profile,
                 io=args.io,
+                remote=remote_options(args, prefetch=args.prefetch),
             )
         )
         for warning in caught:

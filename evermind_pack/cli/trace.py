@@ -17,6 +17,7 @@ from evermind_runtime.replay import POLICIES, Replay, replay
 from evermind_runtime.trace import Trace, read_trace
 
 from .plots import plot_heatmap, plot_hit_rates
+from .remote import add_remote_arguments, remote_options
 from .run import token_ids
 from .terminal import human_bytes, print_json, print_table, progress, remark
 
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--profile", metavar="JSON", type=Path, help="write how hot each expert is, for `pinned`"
     )
+    add_remote_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +97,7 @@ def _record(args: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         # Whether it pages well does not matter here.
         warnings.simplefilter("ignore", PagingWarning)
-        model = load(args.package, budget=args.budget)
+        model = load(args.package, budget=args.budget, remote=remote_options(args))
     with model, progress("tokens", quiet=args.quiet) as report:
         if not model.manifest.layers:
             raise InputError(f"{args.package}: there are no experts to trace")
@@ -171,7 +173,7 @@ def _replay(args: argparse.Namespace) -> None:
 def _read(args: argparse.Namespace) -> Trace:
     trace = read_trace(args.replay)
     if args.package_of:
-        with open_location(args.package_of) as package:
+        with open_location(args.package_of, remote_options(args)) as package:
             trace = trace.of(expert_layers(package.manifest), str(args.replay))
     if not trace.steps:
         raise InputError(f"{args.replay}: expected a step or more, found none")

@@ -9,30 +9,44 @@ from evermind_manifests.location import read_head
 from evermind_manifests.package import Package
 from evermind_manifests.problems import Problem
 from evermind_manifests.validate import Report, validate
+from evermind_runtime.stores import RemoteOptions, is_url, open_remote_store
 
+from .remote import remote_options
 from .terminal import Progress, print_json, progress
 
 EXAMPLES = """\
   evermind-pack validate shakespeare/
   evermind-pack validate shakespeare/ --deep --run
-  evermind-pack validate shakespeare.zip --deep --json"""
+  evermind-pack validate shakespeare.zip --deep --json
+  evermind-pack validate https://models.example.org/shakespeare/ --deep"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The package and how deep to look."""
-    parser.add_argument("package", metavar="PKG", help="a package folder or .zip file")
+    parser.add_argument("package", metavar="PKG", help="a package folder, .zip file or URL")
     parser.add_argument(
         "--deep", action="store_true", help="check every digest, shard header and graph"
     )
     parser.add_argument(
         "--run", action="store_true", help="run the parity cases and compare the results"
     )
+    parser.add_argument(
+        "--allow-private",
+        action="store_true",
+        help="let a public server redirect to private addresses",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; the exit code is the report's (0 ok, 1 invalid, 3 integrity)."""
     with progress("validating", quiet=args.quiet or args.json) as advance:
-        report = check_package(args.package, deep=args.deep, parity=args.run, progress=advance)
+        report = check_package(
+            args.package,
+            deep=args.deep,
+            parity=args.run,
+            progress=advance,
+            remote=remote_options(args),
+        )
     if args.json:
         print_json(report.to_dict())
     elif not (args.quiet and report.ok):
@@ -40,13 +54,25 @@ def run(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def check_package(location: str | Path, *, deep: bool, parity: bool, progress: Progress) -> Report:
+def check_package(
+    location: str | Path,
+    *,
+    deep: bool,
+    parity: bool,
+    progress: Progress,
+    remote: RemoteOptions | None = None,
+) -> Report:
     """Validate a package, its parity cases run by the runtime if asked for.
 
-    Raises `LocationError` for a place that is not there: a mistake of usage, no finding.
+    Of a URL, what the server has is read, and nothing from the cache. Raises `LocationError`
+    for a place that is not there: a mistake of usage, no finding; and `NetworkError`.
     """
+    run = _parity if parity else None
+    if is_url(location):
+        with open_remote_store(str(location), remote or RemoteOptions()) as store:
+            return validate(store, deep=deep, run=run, progress=progress)
     read_head(location, 1)
-    return validate(location, deep=deep, run=_parity if parity else None, progress=progress)
+    return validate(location, deep=deep, run=run, progress=progress)
 
 
 def _parity(package: Package) -> list[Problem]:

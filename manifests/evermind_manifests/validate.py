@@ -82,7 +82,7 @@ class Report:
 
 
 def validate(
-    location: str | os.PathLike[str],
+    location: str | os.PathLike[str] | Store,
     *,
     deep: bool = False,
     run: Run | None = None,
@@ -91,8 +91,11 @@ def validate(
     """Check the package at `location` and report all problems; raises for none of them.
 
     `run` is called with the opened package if nothing was wrong before, and gives the
-    problems it finds. `progress(done, total)` counts the bytes that `deep` has read.
+    problems it finds. `progress(done, total)` counts the bytes that `deep` has read. A
+    store that is handed in stays open.
     """
+    if not isinstance(location, str | os.PathLike):
+        return _validate(location, deep, run, progress)
     where = os.fspath(location)
     try:
         store = open_store(location)

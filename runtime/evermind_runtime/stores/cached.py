@@ -6,8 +6,6 @@ a demand is being fetched; `fetch` does the same work in the foreground.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import threading
 import warnings
@@ -29,7 +27,7 @@ from evermind_manifests.errors import (
     ShardDigestError,
     TruncatedError,
 )
-from evermind_manifests.manifest import MANIFEST_NAME, Manifest
+from evermind_manifests.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from evermind_manifests.package import check_digest, digest_error
 from evermind_manifests.store import Store, read_exactly
 
@@ -41,6 +39,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 # Background work that fails this often in a row stops: whoever needs the bytes will see why.
 _PREFETCH_FAILURES = 3
+_BLOCK = 1 << 20
 
 
 class CacheWarning(UserWarning):
@@ -98,6 +97,8 @@ class CachedStore(Store):
     def size(self, path: str) -> int:
         """See `Store.size`; as the manifest has it."""
         self._check_open()
+        if path == SIGNATURE_NAME and self.remote is not None:
+            return self.remote.size(path)
         return len(self._data) if path == MANIFEST_NAME else self._entry(path)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
@@ -130,7 +131,9 @@ class CachedStore(Store):
             at += at < len(blobs) and offset >= blobs[at].end
 
     def read(self, path: str, *, limit: int) -> bytes:
-        """See `Store.read`."""
+        """See `Store.read`. The signature, which no manifest names, is not cached."""
+        if path == SIGNATURE_NAME and self.remote is not None:
+            return self.remote.read(path, limit=limit)
         size = self.size(path)
         if size > limit:
             raise IntegrityError(f"{path}: expected at most {limit:,} bytes, found {size:,}")
@@ -143,25 +146,32 @@ class CachedStore(Store):
         self._check_open()
         return sorted([MANIFEST_NAME, *self._blobs])
 
-    def open_extent(self, path: str, flags: int = 0) -> tuple[int, int, int]:
-        """(descriptor, offset, length) of a file, fetched if need be; see `DirectoryStore`.
+    def pass_through(self, path: str, offset: int, sink: Sink) -> None:
+        """Give `sink` the file's bytes from `offset` on, unchecked.
 
-        While the descriptor is open the cache does not give the file up. Raises `OSError`
-        for pools, whose shards lie apart in the cache, and where the cache cannot be used.
+        Blobs in the cache are read there; the others come from the server and are not kept.
         """
         size = self.size(path)
-        blobs = self._blobs.get(path, [])
-        if len(blobs) != 1 or blobs[0].bytes != size:
-            raise OSError(errno.ENOTSUP, "not one file in the cache", path)
-        fd = self._obtain(blobs[0])
-        if not flags:
-            return fd, 0, size
-        try:
-            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | flags)
-            fcntl.flock(own, fcntl.LOCK_SH)
-        finally:
-            os.close(fd)
-        return own, 0, size
+        for blob in self._blobs[path]:
+            fd = self.cache.find(blob.digest) if blob.end > offset else None
+            if fd is None:
+                continue
+            with os.fdopen(fd, "rb") as file:
+                self._pass_on(path, offset, blob.offset, sink)
+                offset = max(offset, blob.offset)
+                file.seek(offset - blob.offset)
+                while block := file.read(_BLOCK):
+                    sink(block)
+                    offset += len(block)
+        self._pass_on(path, offset, size, sink)
+
+    def _pass_on(self, path: str, begin: int, end: int, sink: Sink) -> None:
+        """Give `sink` the server's bytes, if there are any in between."""
+        if begin >= end:
+            return
+        if self.remote is None:
+            raise self._offline(Blob("", path, begin, end - begin))
+        self.remote.stream(path, begin, end - begin, sink, total=self._entry(path))
 
     def missing(self, blobs: Iterable[Blob]) -> list[Blob]:
         """Those that are not in the cache, each digest once."""
@@ -235,6 +245,17 @@ class CachedStore(Store):
                 alive.append(worker)
                 worker.start()
             self._workers = alive
+
+    def cache_failed(self, error: OSError) -> None:
+        """Say once, as a `CacheWarning`, that the cache cannot be used."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.cache.root}: the cache cannot be used ({error.strerror or error}): "
+                "experts are fetched each time they are needed",
+                CacheWarning,
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """See `Store.close`; background work ends first."""
@@ -324,7 +345,7 @@ class CachedStore(Store):
         except EvermindPackError:
             raise
         except OSError as error:
-            self._warn(error)
+            self.cache_failed(error)
             view[:] = self._fetch_directly(blob)[at : at + len(view)]
             return
         try:
@@ -418,16 +439,6 @@ class CachedStore(Store):
             f"{self.location}: {blob.path}: not in the cache, and the network may not be used",
             hint=f"Fetch it first: `evermind-pack pull {self.location}`.",
         )
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.cache.root}: the cache cannot be used ({error.strerror or error}): "
-                "experts are fetched each time they are needed",
-                CacheWarning,
-                stacklevel=2,
-            )
 
     def _check_open(self) -> None:
         if self._closed:

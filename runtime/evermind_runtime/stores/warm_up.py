@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from evermind_manifests.errors import EvermindPackError, InputError
 from evermind_manifests.manifest import GraphStep, Manifest
 from evermind_manifests.package import Package
 
 from ..layers import expert_layers
-from ..profile import PROFILE_NAME, parse_profile
+from ..profile import PROFILE_NAME, parse_profile, read_profile
 from .blobs import Blob
-from .cached import CachedStore, Progress
+from .cached import CachedStore
 from .options import RemoteOptions
 
 
@@ -26,17 +28,10 @@ def warm_up(package: Package, options: RemoteOptions) -> None:
         store.fetch(store.blobs_of(files_of_every_run(package.manifest)))
     except EvermindPackError:
         raise
-    except OSError:
-        pass  # without a usable cache each file is read when it is needed
+    except OSError as error:
+        store.cache_failed(error)
     if options.prefetch:
         store.prefetch(hot_experts(package, store)[: _that_fit(package, options.cache_bytes)])
-
-
-def fetch_experts(package: Package, blobs: list[Blob], progress: Progress) -> int:
-    """Bring files of every run and `blobs` into the cache; the bytes fetched."""
-    store = package.store
-    assert isinstance(store, CachedStore), "only what lies elsewhere is fetched"
-    return store.fetch([*store.blobs_of(files_of_every_run(package.manifest)), *blobs], progress)
 
 
 def files_of_every_run(manifest: Manifest) -> list[str]:
@@ -51,17 +46,24 @@ def files_of_every_run(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(path for path in named if path in manifest.files))
 
 
-def hot_experts(package: Package, store: CachedStore) -> list[Blob]:
-    """The shards of the package's own profile, hottest first. Raises `InputError` for none."""
+def hot_experts(
+    package: Package, store: CachedStore, profile: str | os.PathLike[str] | None = None
+) -> list[Blob]:
+    """The shards a profile (a file; by default the package's own) calls hot, hottest first.
+
+    Raises `InputError` where there is no profile, or one of another model.
+    """
+    layers = expert_layers(package.manifest)
+    if profile is not None:
+        return store.blobs_of_experts(read_profile(profile, layers).hottest())
     if PROFILE_NAME not in package.manifest.files:
         raise InputError(
             f"{package.location}: expected a {PROFILE_NAME}, which says what to prefetch;"
             " there is none",
             hint="`evermind-pack trace` records one; without it, experts are fetched as needed.",
         )
-    layers = expert_layers(package.manifest)
-    profile = parse_profile(package.read_file(PROFILE_NAME), layers, PROFILE_NAME)
-    return store.blobs_of_experts(profile.hottest())
+    own = parse_profile(package.read_file(PROFILE_NAME), layers, PROFILE_NAME)
+    return store.blobs_of_experts(own.hottest())
 
 
 def _that_fit(package: Package, cache_bytes: int) -> int:
