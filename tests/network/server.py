@@ -171,8 +171,11 @@ class Handler(BaseHTTPRequestHandler):
         for at in range(0, len(data), 16 * 1024):
             block = data[at : at + 16 * 1024]
             self.server.throttle(len(block))
-            with contextlib.suppress(OSError):
+            try:
                 self.wfile.write(block)
+            except OSError:
+                self.close_connection = True
+                return
             with self.server.guard:
                 self.server.sent[path] += len(block)
 
