@@ -15,11 +15,19 @@ from typing import Any, Literal, TypeAlias
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
-from evermind_runtime.forecast import FORMULA, GRAPH_RUN_SECONDS, REPETITION, SKEW
+from evermind_runtime.forecast import (
+    FORMULA,
+    GRAPH_RUN_CALLS,
+    LOAD_CALLS,
+    REPETITION,
+    SESSION_CALLS,
+    SKEW,
+)
 from evermind_runtime.machine import Extent, Machine, measure_machine, shard_extents
 from evermind_runtime.openers import open_location
 from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile
 from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes
+from evermind_runtime.stores.urls import is_url
 
 CONFIG_NAME = "config.json"
 ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
@@ -70,26 +78,27 @@ def open_subject(
         yield _config_subject(path, dtype, context)
         return
     with open_location(location) as package:
-        yield package_subject(package, context)
+        yield package_subject(package, context, here=not is_url(location))
 
 
-def package_subject(package: Package, context: int | None = None) -> Subject:
-    """A package as it lies."""
+def package_subject(package: Package, context: int | None = None, *, here: bool = True) -> Subject:
+    """A package as it lies; one that is not `here` has files that opening would fetch."""
     manifest = package.manifest
     sizes = manifest_sizes(manifest, context=context or DEFAULT_CONTEXT)
     profile = None
-    if PROFILE_NAME in manifest.files:
+    if here and PROFILE_NAME in manifest.files:
         profile = parse_profile(package.read_file(PROFILE_NAME), sizes.layers, PROFILE_NAME)
-    place = Path(package.location)
+    place = Path(package.location) if here else Path.cwd()
     return Subject(
         name=manifest.name,
         family=manifest.family,
         source="manifest",
         sizes=sizes,
         folder=place if place.is_dir() else place.parent,
-        extents=tuple(shard_extents(package)),
+        extents=tuple(shard_extents(package)) if here else (),
         manifest=manifest,
         profile=profile,
+        notes=() if here else ("fetching it is not part of any figure",),
     )
 
 
@@ -115,6 +124,8 @@ def _config_subject(path: Path, dtype: ExpertDType, context: int | None) -> Subj
 def standard_budgets(sizes: ModelSizes) -> dict[str, int]:
     """The budgets worth comparing, smallest first; two that are the same stand together."""
     total = sizes.all_expert_bytes
+    if total == 0:
+        return {"no experts": 0}
     slot = slot_bytes_of(sizes)
     named = {
         "least": sizes.least_budget,
@@ -142,6 +153,8 @@ def method() -> dict[str, Any]:
         "constants": {
             "skew": SKEW,
             "repetition": REPETITION,
-            "graph_run_seconds": GRAPH_RUN_SECONDS,
+            "graph_run_calls": GRAPH_RUN_CALLS,
+            "session_calls": SESSION_CALLS,
+            "load_calls": LOAD_CALLS,
         },
     }

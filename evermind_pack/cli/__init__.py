@@ -24,6 +24,7 @@ COMMANDS = {
     "validate": "check a package: structure, files, digests, graphs, results",
     "plan": "forecast whether and how fast a model runs here, before any weight is read",
     "run": "generate text, or run arrays through a package, under a memory budget",
+    "bench": "measure speed under several budgets, against the machine's bound",
     "trace": "record which experts tokens use, and replay it under every policy",
     "convert": "write a package's model as one of the peer's files",
     "pull": "fetch a package from a server, or only the experts it is likely to need",

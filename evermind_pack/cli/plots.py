@@ -11,6 +11,7 @@ import numpy.typing as npt
 from evermind_manifests.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Colours that stay apart for the colour-blind (Okabe and Ito), the default policy's first.
@@ -45,6 +46,89 @@ def plot_hit_rates(
         else:
             width = 2.5 if name == "decayed" else 1.5
             axes.plot(x, y, color=next(colours), marker="o", ms=4, linewidth=width, label=name)
+    _mark_cycle(axes, cycle)
+    axes.set(xlabel="budget, % of all experts", ylabel="hit rate, %", title=title, ylim=(0, 102))
+    axes.set_xlim(0, 102)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def plot_speeds(
+    path: Path,
+    title: str,
+    *,
+    measured: Sequence[tuple[float, float, float, float]],
+    bound: Sequence[tuple[float, float]],
+    forecast: Sequence[tuple[float, float, float]],
+    cycle: float,
+) -> None:
+    """Tokens per second over budget, by shares of all experts.
+
+    `measured` has `(share, median, least, most)`, `bound` `(share, most possible)`, `forecast`
+    `(share, with even routing, with skewed routing)`; `cycle` is the share one token passes
+    through, below which recency keeps nothing.
+    """
+    figure = new_figure(7.2, 4.5)
+    from matplotlib.ticker import LogLocator
+
+    axes = figure.add_subplot()
+    x = [100 * share for share, _, _ in forecast]
+    axes.fill_between(
+        x,
+        [even for _, even, _ in forecast],
+        [skewed for _, _, skewed in forecast],
+        color=_COLOURS[4],
+        alpha=0.3,
+        linewidth=0,
+        label="forecast, even to skewed routing",
+    )
+    points = sorted(measured)
+    medians = [median for _, median, _, _ in points]
+    axes.errorbar(
+        [100 * share for share, *_ in points],
+        medians,
+        yerr=[
+            [median - least for _, median, least, _ in points],
+            [most - median for _, median, _, most in points],
+        ],
+        color=_COLOURS[0],
+        marker="o",
+        ms=5,
+        linewidth=2.5,
+        elinewidth=1,
+        capsize=3,
+        label="measured, median and range",
+    )
+    limits = sorted(bound)
+    axes.plot(
+        [100 * share for share, _ in limits],
+        [most for _, most in limits],
+        color=_INK,
+        linestyle="--",
+        linewidth=1.5,
+        marker="_",
+        label="bound: disk and memory at full rate",
+    )
+    _mark_cycle(axes, cycle)
+    axes.set(xlabel="budget, % of all experts", ylabel="tokens/s", title=title)
+    ticks = sorted({round(100 * share, 1) for share, *_ in points})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.minorticks_off()
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best", fontsize=8)
+    figure.savefig(path)
+
+
+def _mark_cycle(axes: Axes, cycle: float) -> None:
     axes.axvline(100 * cycle, color="#999999", linestyle=":", linewidth=1)
     axes.annotate(
         " one token's cycle",
@@ -56,13 +140,6 @@ def plot_hit_rates(
         xytext=(0, -4),
         textcoords="offset points",
     )
-    axes.set(xlabel="budget, % of all experts", ylabel="hit rate, %", title=title, ylim=(0, 102))
-    axes.set_xlim(0, 102)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
 
 
 def plot_heatmap(

@@ -23,8 +23,12 @@ from .trace import Trace
 SKEW: Final = 5.7
 # There, n tokens in a row use as many experts as n^0.7 that choose independently.
 REPETITION: Final = 0.7
-# One graph run on small matrices, with what Python does around it (benchmarks/language_model.py).
-GRAPH_RUN_SECONDS: Final = 60e-6
+# One graph run on small matrices, with what Python does around it, takes as long as this many
+# small numpy calls: 80 µs where one takes 0.33 µs (docs/planning.md).
+GRAPH_RUN_CALLS: Final = 250
+# Making a graph's session, which the first request does, and opening a package, likewise.
+SESSION_CALLS: Final = 9_000
+LOAD_CALLS: Final = 100_000
 # Beside weights and state (docs/architecture.md, "Memory").
 OVERHEAD_BYTES: Final = 100 * 2**20
 # As `evermind_runtime.model` cuts a prompt.
@@ -34,15 +38,17 @@ _HEADROOM = 0.1
 
 FORMULA: Final[Mapping[str, str]] = {
     "tokens_per_second": "1 / (4 * active_parameters / memory_rate + bytes_per_token / disk_rate"
-    " + graph_runs * graph_run_seconds)",
+    f" + graph_runs * {GRAPH_RUN_CALLS} * call_seconds)",
     "bytes_per_token": "(1 - hit_rate) * cycle_bytes",
     "hit_rate": "share * odds / (share * odds + 1 - share), where share = budget /"
     f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's)",
     "bound": "1 / max(bytes_per_token / disk_rate, active_bytes / memory_rate)",
-    "load_seconds": "resident_bytes * (1 / disk_rate + 1 / sha256_rate)",
-    "ttft_seconds": "prompt_expert_bytes * (1 / disk_rate + 1 / sha256_rate)"
+    "load_seconds": "resident_bytes * (1 / disk_rate + 1 / sha256_rate)"
+    f" + {LOAD_CALLS} * call_seconds",
+    "ttft_seconds": f"(2 * graph_runs + 1) * {SESSION_CALLS} * call_seconds"
+    " + prompt_expert_bytes * (1 / disk_rate + 1 / sha256_rate)"
     " + max(2 * prompt_tokens * active_parameters / matmul_rate,"
-    " 4 * prompt_parameters / memory_rate) + graph_runs of the prompt * graph_run_seconds"
+    " 4 * prompt_parameters / memory_rate) + the prompt's graph runs * that"
     " + one token's time",
     "rss": "resident_bytes + min(budget, all_expert_bytes) + 2 * state_bytes"
     f" + {OVERHEAD_BYTES // 2**20} MiB",
@@ -163,7 +169,8 @@ def forecast(
                 machine.memory_rate,
             ),
         ),
-        load_seconds=sizes.resident_bytes * (1 / machine.disk_rate + 1 / machine.sha256_rate),
+        load_seconds=sizes.resident_bytes * (1 / machine.disk_rate + 1 / machine.sha256_rate)
+        + LOAD_CALLS * machine.call_seconds,
         ttft_seconds=Range(
             _ttft(sizes, machine, held, hit_rate.even, prompt_tokens, float(prompt_tokens)),
             _ttft(sizes, machine, held, hit_rate.skewed, prompt_tokens, prompt_tokens**REPETITION),
@@ -184,7 +191,12 @@ def token_seconds(sizes: ModelSizes, machine: Machine, hit_rate: float) -> float
     # Compute can never beat the bound's own share of it, however the weights are stored.
     compute = max(compute, sizes.active_bytes / machine.memory_rate)
     paging = (1 - hit_rate) * sizes.cycle_bytes / machine.disk_rate
-    return compute + paging + sizes.graph_runs * GRAPH_RUN_SECONDS
+    return compute + paging + sizes.graph_runs * graph_run_seconds(machine)
+
+
+def graph_run_seconds(machine: Machine) -> float:
+    """What running a graph costs beside its arithmetic."""
+    return GRAPH_RUN_CALLS * machine.call_seconds
 
 
 def bound(io_seconds: float, active_bytes: float, memory_rate: float) -> float:
@@ -258,7 +270,8 @@ def _ttft(
     paging = read * (1 / machine.disk_rate + 1 / machine.sha256_rate)
     # The last token finds what the prompt left; alone it reads its whole cycle.
     last = token_seconds(sizes, machine, hit_rate if chunks else 0.0)
-    return paging + compute + runs * GRAPH_RUN_SECONDS + last
+    sessions = (2 * sizes.graph_runs + 1) * SESSION_CALLS * machine.call_seconds
+    return sessions + paging + compute + runs * graph_run_seconds(machine) + last
 
 
 def _hottest(sizes: ModelSizes, budget: int, profile: Profile) -> float:

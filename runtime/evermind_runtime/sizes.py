@@ -100,6 +100,11 @@ def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> Mod
     )
 
 
+def generates(manifest: Manifest) -> bool:
+    """Whether the package continues tokens, as `Model.generate` does."""
+    return "tokens" in manifest.plan.inputs and "logits" in manifest.plan.outputs
+
+
 def _state_bytes(spec: StateSpec, context: int) -> int:
     one = tensor_bytes(spec.dtype, spec.fixed)
     if not spec.grows:

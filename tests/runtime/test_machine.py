@@ -19,7 +19,7 @@ from evermind_runtime.machine import (
 )
 from evermind_runtime.machine import disk as disk_module
 from evermind_runtime.machine.disk import Extent, measure_disk, temporary_extents
-from evermind_runtime.machine.processor import matmul_rate, memory_rate, sha256_rate
+from evermind_runtime.machine.processor import call_seconds, matmul_rate, memory_rate, sha256_rate
 
 from tests.packages import export, lm_source
 
@@ -173,3 +173,4 @@ def test_rates_are_those_of_a_processor() -> None:
     assert 1e8 < memory_rate(2, 2**22, seconds=0.05) < 1e14
     assert 1e8 < matmul_rate(1, seconds=0.05) < 1e14
     assert 1e7 < sha256_rate(seconds=0.05) < 1e12
+    assert 1e-9 < call_seconds(seconds=0.05) < 1e-4

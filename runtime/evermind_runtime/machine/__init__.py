@@ -20,7 +20,7 @@ from .disk import (
     temporary_extents,
 )
 from .memory import AvailableMemory, available_memory
-from .processor import matmul_rate, memory_rate, sha256_rate
+from .processor import call_seconds, matmul_rate, memory_rate, sha256_rate
 
 __all__ = [
     "AvailableMemory",
@@ -41,8 +41,9 @@ class Machine:
 
     `disk_rate` is for reads of `block` bytes, `readers` at a time, read as `disk_how` says and
     at `disk_where`; `cached_rate` for what the page cache holds. `memory_rate` and
-    `matmul_rate` are those of `threads` threads together, `sha256_rate` that of one.
-    `available` is `None` where the machine does not tell.
+    `matmul_rate` are those of `threads` threads together, `sha256_rate` that of one, and
+    `call_seconds` is what one small numpy call takes. `available` is `None` where the machine
+    does not tell.
     """
 
     disk_rate: float
@@ -54,6 +55,7 @@ class Machine:
     memory_rate: float
     matmul_rate: float
     sha256_rate: float
+    call_seconds: float
     threads: int
     available: AvailableMemory | None
 
@@ -65,6 +67,10 @@ class Machine:
     def with_disk_rate(self, rate: float) -> Machine:
         """The same machine with another disk, of this many bytes per second."""
         return replace(self, disk_rate=rate, disk_how="given")
+
+    def warm(self) -> Machine:
+        """The same machine for a package that lies in its page cache."""
+        return replace(self, disk_rate=self.cached_rate, disk_how="warm")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -103,6 +109,7 @@ def measure_machine(
         memory_rate=memory_rate(count, working_set, seconds=seconds / 5),
         matmul_rate=matmul_rate(count, seconds=seconds / 5),
         sha256_rate=sha256_rate(seconds=seconds / 10),
+        call_seconds=call_seconds(seconds=seconds / 20),
         threads=count,
         available=available_memory(),
     )

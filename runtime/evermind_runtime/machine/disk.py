@@ -23,7 +23,7 @@ from evermind_manifests.package import Package
 
 from . import page_cache
 
-DiskHow: TypeAlias = Literal["direct", "uncached", "cached", "given"]
+DiskHow: TypeAlias = Literal["direct", "uncached", "cached", "warm", "given"]
 
 #: What a figure of each kind was read from.
 DISK_HOW: Final[dict[DiskHow, str]] = {
@@ -31,6 +31,7 @@ DISK_HOW: Final[dict[DiskHow, str]] = {
     "uncached": "after the pages had left the page cache",
     "cached": "from the page cache: this place has no direct reads and its pages cannot be "
     "dropped, so the disk's own rate is not known",
+    "warm": "from the page cache, which holds the package",
     "given": "as given, not measured",
 }
 _ALIGNMENT = 4096

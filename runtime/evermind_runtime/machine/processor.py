@@ -22,6 +22,7 @@ _HASH_BYTES = 4 * 2**20
 _SIDE = 64
 _STACK = 64
 _PASS_SECONDS = 0.03
+_CALLS = 1000
 
 
 def memory_rate(threads: int, size: int, *, seconds: float = 0.5) -> float:
@@ -49,6 +50,17 @@ def sha256_rate(*, seconds: float = 0.2) -> float:
     """Bytes per second that one thread hashes."""
     data = bytes(_HASH_BYTES)
     return _HASH_BYTES / _best([lambda: hashlib.sha256(data)], seconds)
+
+
+def call_seconds(*, seconds: float = 0.1) -> float:
+    """Seconds of one small numpy call: how fast this machine runs what is not arithmetic."""
+    values = np.zeros(8, np.float32)
+
+    def calls() -> None:
+        for _ in range(_CALLS):
+            np.add(values, values, out=values)
+
+    return _best([calls], seconds) / _CALLS
 
 
 def _best(jobs: Sequence[Callable[[], Any]], seconds: float) -> float:

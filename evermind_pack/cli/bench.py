@@ -1,0 +1,359 @@
+"""`evermind-pack bench`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import Manifest
+from evermind_manifests.package import Package
+from evermind_runtime.budget import check_budget, parse_size
+from evermind_runtime.forecast import Forecast, expected_hit_rate, forecast
+from evermind_runtime.machine import Machine
+from evermind_runtime.openers import open_location
+from evermind_runtime.sizes import ModelSizes, generates
+from evermind_runtime.stores.urls import is_url
+from evermind_runtime.tokenizer import open_codec
+from evermind_runtime.trace import read_trace
+
+from evermind_pack.benching import Job, Report, report, run_rounds
+from evermind_pack.benching.report import same_tokens
+from evermind_pack.planning import Subject, method, package_subject, standard_budgets
+
+from .arrays import check_targets
+from .plan import machine_rows, model_rows, number, seconds, shown
+from .plots import plot_speeds
+from .run import token_ids
+from .terminal import (
+    human_bytes,
+    positive_int,
+    print_columns,
+    print_json,
+    print_table,
+    progress,
+    remark,
+)
+
+EXAMPLES = """\
+  evermind-pack bench demo/package
+  evermind-pack bench demo/package --budgets 100%,50%,25% --max-new 128 --rounds 5 --json
+  evermind-pack bench demo/package --prompt "def " --plot speed.png
+  evermind-pack bench demo/package --cold --threads 1
+  evermind-pack bench layer/ --prompt-tokens 64"""
+
+_PROMPT_TOKENS = 16
+# A speed needs a token after the first.
+_LEAST_NEW = 2
+_ANY_VOCABULARY = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The package, the work, and the budgets to compare."""
+    parser.add_argument("package", metavar="PKG", help="a package, or a peer's model file")
+    parser.add_argument(
+        "--budgets",
+        metavar="SIZES",
+        help="comma-separated, each as for `run` "
+        "(default: all, 50%%, 25%%, one token's cycle, least)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
+    what.add_argument(
+        "--prompt-tokens",
+        metavar="N",
+        type=positive_int,
+        help=f"a random prompt of that length (default: {_PROMPT_TOKENS})",
+    )
+    parser.add_argument(
+        "--max-new",
+        metavar="N",
+        type=positive_int,
+        default=64,
+        help="tokens to generate in a round (default: 64)",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=1.0,
+        help="1 draws as the model predicts; 0 is greedy, which may go in circles (default: 1)",
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="R",
+        type=positive_int,
+        default=3,
+        help="rounds of all budgets in turn, each in a fresh process (default: 3)",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=positive_int, help="compute threads (default: all cores)"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("decayed", "lru", "pinned"),
+        default="decayed",
+        help="which expert to give up when the budget is spent (default: decayed)",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="JSON",
+        type=Path,
+        help="what --policy pinned keeps (default: the package's own profile.json)",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="forecast the hit rate by replaying this routing trace",
+    )
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="have the package leave the page cache before each measurement",
+    )
+    parser.add_argument(
+        "--plot", metavar="PNG", type=Path, help="draw tokens/s over budget (extra: plot)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, forecast beforehand, and compare."""
+    _check(args)
+    with open_location(args.package) as package:
+        subject = package_subject(package)
+        prompt = _prompt(args, package)
+        trace = None
+        if args.trace:
+            trace = read_trace(args.trace).of(subject.sizes.layers, str(args.trace))
+        if args.plot and not subject.sizes.layers:
+            raise InputError("--plot: a package without experts has no budgets to compare")
+        budgets = _budgets(args.budgets, package.manifest, subject.sizes)
+        machine = subject.measure(args.threads)
+    rows = args.prompt_tokens or _PROMPT_TOKENS if prompt is None else len(prompt)
+
+    def predict(budget: int) -> Forecast:
+        rate = expected_hit_rate(
+            subject.sizes,
+            budget,
+            policy="lru" if args.policy == "lru" else "decayed",
+            trace=trace,
+            profile=subject.profile,
+        )
+        at_work = machine if args.cold else machine.warm()
+        return forecast(subject.sizes, budget, at_work, rate, prompt_tokens=rows)
+
+    forecasts = _those_that_fit({name: predict(size) for name, size in budgets.items()}, args)
+    jobs = {
+        name: Job(
+            package=args.package,
+            budget=budgets[name],
+            prompt=prompt,
+            prompt_tokens=rows,
+            max_new=args.max_new,
+            seed=1,
+            temperature=args.temperature,
+            cold=args.cold,
+            options=_load_options(args),
+        )
+        for name in forecasts
+    }
+    with progress("rounds", quiet=args.quiet) as tell:
+        results = run_rounds(jobs, args.rounds, progress=tell)
+    reports = [
+        report(name, rounds, forecasts[name], subject.sizes, machine, cold=args.cold)
+        for name, rounds in results.items()
+    ]
+    every = [one for rounds in results.values() for one in rounds]
+    facts = {
+        "unit": "rows" if prompt is None else "tokens",
+        "prompt_tokens": rows,
+        "max_new": args.max_new,
+        "rounds": args.rounds,
+        "policy": args.policy,
+        "cold": all(one.dropped for one in every) if args.cold else None,
+        "same_tokens": None if prompt is None else same_tokens(list(results.values())),
+    }
+    if args.plot:
+        _plot(args.plot, subject, reports, predict)
+    if args.json:
+        print_json(
+            {
+                "package": subject.name,
+                "family": subject.family,
+                **facts,
+                "sizes": subject.sizes.to_dict(),
+                "machine": machine.to_dict(),
+                "results": [one.to_dict() for one in reports],
+                **method(),
+            }
+        )
+    else:
+        _print(subject, machine, reports, facts, quiet=args.quiet)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_targets(args.plot)
+    if is_url(args.package):
+        raise InputError(
+            f"{args.package}: expected a package on this machine",
+            hint="What a network gives at the moment says nothing of a package: fetch it first.",
+        )
+    if args.max_new < _LEAST_NEW:
+        raise InputError(f"--max-new: expected {_LEAST_NEW} or more, found {args.max_new}")
+    if args.profile and args.policy != "pinned":
+        raise InputError("--profile has no meaning without --policy pinned")
+
+
+def _prompt(args: argparse.Namespace, package: Package) -> list[int] | None:
+    """The tokens to continue; nothing for a package that does not generate."""
+    manifest = package.manifest
+    if not generates(manifest):
+        if args.prompt is not None or args.tokens is not None:
+            raise InputError(
+                f"{args.package}: a package of family {manifest.family!r} does not generate: "
+                "expected --prompt-tokens N, the rows to run it on"
+            )
+        return None
+    if args.tokens is not None:
+        return token_ids(args.tokens)
+    if args.prompt is not None:
+        codec = open_codec(package)
+        if codec is None:
+            raise InputError(f"{args.package}: it has no tokenizer: expected --tokens 1,2,3")
+        return codec.encode(args.prompt)
+    limit = manifest.plan.inputs["tokens"].limit or _ANY_VOCABULARY
+    count = args.prompt_tokens or _PROMPT_TOKENS
+    return [int(token) for token in np.random.default_rng(0).integers(0, limit, count)]
+
+
+def _budgets(text: str | None, manifest: Manifest, sizes: ModelSizes) -> dict[str, int]:
+    """What was written → bytes, the largest first."""
+    if text is None:
+        return dict(reversed(standard_budgets(sizes).items()))
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise InputError(f"--budgets: expected sizes like 100%,50%,25%, found {text!r}")
+    budgets = {name: parse_size(name, sizes.all_expert_bytes, "--budgets") for name in names}
+    for budget in budgets.values():
+        check_budget(budget, manifest)
+    return dict(sorted(budgets.items(), key=lambda item: -item[1]))
+
+
+def _those_that_fit(
+    forecasts: dict[str, Forecast], args: argparse.Namespace
+) -> dict[str, Forecast]:
+    """All that were asked for; of those nobody asked for only what memory can hold."""
+    too_large = [name for name, one in forecasts.items() if not one.fits]
+    for name in too_large:
+        taken = human_bytes(forecasts[name].rss)
+        what = "measured all the same" if args.budgets else "left out"
+        remark(
+            f"warning: budget {name}: the process would take {taken}, more than there is: {what}",
+            quiet=args.quiet,
+        )
+    if args.budgets:
+        return forecasts
+    fitting = {name: one for name, one in forecasts.items() if name not in too_large}
+    if not fitting:
+        raise InputError(
+            f"{args.package}: not even the least budget fits the memory there is",
+            hint="`evermind-pack plan` says what it would take.",
+        )
+    return fitting
+
+
+def _load_options(args: argparse.Namespace) -> dict[str, Any]:
+    profile = str(args.profile) if args.profile else None
+    return {"threads": args.threads, "policy": args.policy, "profile": profile}
+
+
+def _print(
+    subject: Subject,
+    machine: Machine,
+    reports: list[Report],
+    facts: dict[str, Any],
+    *,
+    quiet: bool,
+) -> None:
+    print_table(model_rows(subject) | machine_rows(machine))
+    print()
+    unit = facts["unit"]
+    head = ["budget", "", f"{unit}/s", "forecast", "off", "first token", "hit rate"]
+    head += ["read/token", "of bound", "experts", "beyond"]
+    rows = [
+        [
+            one.name,
+            human_bytes(one.budget),
+            number(one.tokens_per_second.median),
+            shown(one.forecast.tokens_per_second, number),
+            "inside" if one.off == 0 else f"{one.off:+.0%}",
+            seconds(one.first_seconds),
+            f"{one.hit_rate:.1%}",
+            human_bytes(int(one.bytes_per_token)),
+            f"{one.share_of_bound:.1%}",
+            human_bytes(one.peak_expert_bytes),
+            "unknown" if one.rss_beyond is None else human_bytes(one.rss_beyond),
+        ]
+        for one in reports
+    ]
+    print_columns([head, *rows])
+    print()
+    for line in _remarks(facts):
+        remark(line, quiet=quiet)
+
+
+def _remarks(facts: dict[str, Any]) -> list[str]:
+    lines = [
+        f"medians of {facts['rounds']} rounds of {facts['max_new']} {facts['unit']} after "
+        f"{facts['prompt_tokens']}, each in a fresh process; first token: nothing paged in yet; "
+        "beyond: memory beside experts and resident part",
+        "forecast: made beforehand, from even to skewed routing, by the formula of `plan`",
+    ]
+    if facts["cold"] is None:
+        lines.append("the package lay in the page cache as far as it fits: see --cold")
+    elif facts["cold"]:
+        lines.append("the package's pages had left the page cache before each measurement")
+    else:
+        lines.append("warning: the package's pages did not all leave the page cache: not cold")
+    if facts["same_tokens"] is not None:
+        lines.append(
+            "every budget made the same tokens"
+            if facts["same_tokens"]
+            else "warning: the budgets made different tokens"
+        )
+    return lines
+
+
+def _plot(
+    path: Path, subject: Subject, reports: list[Report], predict: Callable[[int], Forecast]
+) -> None:
+    sizes = subject.sizes
+    total, least = sizes.all_expert_bytes, sizes.least_budget
+    grid = sorted(
+        {int(least * (total / least) ** (at / 60)) for at in range(61)} | {sizes.cycle_bytes, total}
+    )
+    plot_speeds(
+        path,
+        f"{subject.name}: speed over budget",
+        measured=[
+            (
+                one.budget / total,
+                one.tokens_per_second.median,
+                one.tokens_per_second.least,
+                one.tokens_per_second.most,
+            )
+            for one in reports
+        ],
+        bound=[(one.budget / total, one.bound) for one in reports],
+        forecast=[
+            (one.share, one.tokens_per_second.even, one.tokens_per_second.skewed)
+            for one in map(predict, grid)
+        ],
+        cycle=sizes.cycle_bytes / total,
+    )

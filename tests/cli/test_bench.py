@@ -1,0 +1,286 @@
+"""`evermind-pack bench` as a script meets it. How fast this machine is decides nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evermind_manifests.errors import BudgetError, EvermindPackError
+from evermind_runtime.forecast import Range, forecast
+from evermind_runtime.layers import ExpertLayer
+from evermind_runtime.machine import measure_machine
+from evermind_runtime.sizes import ModelSizes
+from msgspec import structs
+
+from evermind_pack.benching import Job, Round, report, run_rounds
+from evermind_pack.benching.report import same_tokens
+from evermind_pack.benching.round import run_round
+from tests.cli.command_line import call
+from tests.packages import export, golden_source, lm_source, random_source
+from tests.runtime.test_forecast import MACHINE
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    brief = functools.partial(measure_machine, seconds=0.1)
+    monkeypatch.setattr("evermind_pack.planning.measure_machine", brief)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(lm_source(), tmp_path_factory.mktemp("bench") / "lm")
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Path:
+    """A package that does not generate."""
+    config = {"inputDim": 16, "hiddenDim": 24, "outputDim": 16, "numExperts": 6, "topK": 2}
+    return export(random_source("shared-expert-moe", config), tmp_path / "layer")
+
+
+def job(package: Path, **changes: Any) -> Job:
+    fields: dict[str, Any] = {
+        "package": str(package),
+        "budget": 2**20,
+        "prompt": [1, 2, 3],
+        "prompt_tokens": 3,
+        "max_new": 6,
+        "seed": 1,
+        "temperature": 1.0,
+        "cold": False,
+        "options": {},
+    }
+    return Job(**{**fields, **changes})
+
+
+def test_a_bench_reports_every_budget(package: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "speed.png"
+    code, out, err = call(
+        capsys,
+        *("bench", package, "--budgets", "50%,100%", "--max-new", 8, "--rounds", 1),
+        *("--threads", 1, "--tokens", "1,2,3", "--json", "--plot", plot),
+    )
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert [one["name"] for one in result["results"]] == ["100%", "50%"]
+    assert result["same_tokens"] is True
+    assert (result["unit"], result["prompt_tokens"], result["cold"]) == ("tokens", 3, None)
+    assert result["machine"]["disk_where"] == "the package's own files"
+    for one in result["results"]:
+        assert one["tokens_per_second"]["median"] > 0
+        assert 0 <= one["hit_rate"] <= 1
+        assert one["peak_expert_bytes"] <= one["budget"]
+        assert one["rss_beyond"] > 0
+        assert one["share_of_bound"] > 0
+        assert one["share_of_bound"] * one["bound"] == pytest.approx(
+            one["tokens_per_second"]["median"]
+        )
+        assert set(one["forecast"]["tokens_per_second"]) == {"even", "skewed"}
+        assert one["off_at_hit_rate"] == pytest.approx(
+            one["tokens_per_second"]["median"] / one["forecast_at_hit_rate"] - 1
+        )
+    # Reads follow from misses: every expert is as large as any other.
+    half = result["results"][1]
+    size = result["sizes"]["layers"][0]["bytes"]
+    assert half["bytes_per_token"] == pytest.approx((1 - half["hit_rate"]) * 6 * size)
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", plot.read_bytes()[16:24])) > 300
+
+
+def test_a_package_that_does_not_generate_is_benched_by_rows(layer: Path, capsys: Any) -> None:
+    arguments = ("--budgets", "100%", "--rounds", 1, "--max-new", 3, "--prompt-tokens", 5)
+    code, out, _ = call(capsys, "bench", layer, *arguments, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert (result["unit"], result["prompt_tokens"]) == ("rows", 5)
+    assert result["same_tokens"] is None
+    code, _, err = call(capsys, "bench", layer, "--tokens", "1")
+    assert code == 2
+    assert "--prompt-tokens" in err
+
+
+def test_a_model_without_experts_has_one_row(tmp_path: Path, capsys: Any) -> None:
+    mood = export(golden_source("limbic_small"), tmp_path / "mood")
+    code, out, err = call(capsys, "bench", mood, "--rounds", 1, "--max-new", 3)
+    assert code == 0
+    assert "no experts" in out
+    assert "rows/s" in out
+    assert "medians of 1 rounds of 3 rows" in err
+    code, _, err = call(capsys, "bench", mood, "--plot", tmp_path / "p.png")
+    assert code == 2
+    assert "without experts" in err
+
+
+def test_a_round_counts_decoding_only(package: Path) -> None:
+    one = run_round(job(package, cold=True, max_new=20))
+    assert len(one.tokens) == 20
+    assert one.decoded == 19
+    # Every token needs two experts in each of three layers; all are resident by then.
+    assert one.hits + one.misses == 19 * 6
+    assert one.bytes_read >= one.misses
+    assert one.dropped is not None
+    assert one.first_seconds > 0 < one.decode_seconds
+    other = run_round(job(package, budget=20 * 1024, max_new=20))
+    assert other.tokens == one.tokens
+    assert other.misses > one.misses
+    assert other.dropped is None
+    assert other.peak_expert_bytes <= 20 * 1024
+
+
+def test_rounds_run_in_fresh_processes_and_in_turn(package: Path) -> None:
+    told: list[tuple[int, int]] = []
+    results = run_rounds(
+        {"all": job(package), "half": job(package, budget=80 * 1024)},
+        2,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert [len(rounds) for rounds in results.values()] == [2, 2]
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert same_tokens(list(results.values()))
+    first, second = results["all"]
+    assert first.tokens != second.tokens, "every round samples anew"
+
+
+def test_what_a_round_raises_is_raised(package: Path) -> None:
+    with pytest.raises(BudgetError, match="cannot hold the experts of one step"):
+        run_rounds({"tiny": job(package, budget=10)}, 1)
+
+
+def test_a_round_that_dies_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(EvermindPackError, match=r"budget some: .* ended with code 1"):
+        run_rounds({"some": job(package)}, 1)
+
+
+def test_figures_follow_from_the_rounds() -> None:
+    layers = (ExpertLayer(layer=0, experts=4, top_k=2, bytes=10**6),)
+    sizes = ModelSizes(layers, 10**6, 10**6, 0, 10**6, 10**6, 10**6, 2)
+    rounds = [
+        Round(
+            load_seconds=1,
+            first_seconds=2,
+            ttft_seconds=0.5,
+            decode_seconds=seconds,
+            cpu_seconds=1,
+            decoded=10,
+            tokens=[1],
+            hits=15,
+            misses=5,
+            bytes_read=5 * 10**6,
+            disk_bytes=disk,
+            peak_expert_bytes=3 * 10**6,
+            resident_bytes=10**6,
+            rss_bytes=60 * 10**6,
+            dropped=None,
+        )
+        for seconds, disk in ((1.0, 10**6), (2.0, 0), (4.0, 9 * 10**6))
+    ]
+    predicted = forecast(sizes, 3 * 10**6, MACHINE.warm(), Range(0.5, 0.6))
+    one = report("x", rounds, predicted, sizes, MACHINE, cold=False)
+    assert (one.tokens_per_second.least, one.tokens_per_second.median) == (2.5, 5)
+    assert one.tokens_per_second.most == 10
+    assert one.hit_rate == 0.75
+    assert one.bytes_per_token == 5 * 10**5
+    assert one.rss_beyond == 60 * 10**6 - 10**6 - 3 * 10**6
+    # 0.1 MB a token from the disk at 1 GB/s, 0.4 MB from the page cache at 8 GB/s: 0.15 ms,
+    # which is as much as 3 MB of weights take at 20 GB/s. All from the disk: 0.5 ms.
+    assert one.bound == pytest.approx(1 / 0.15e-3)
+    assert one.share_of_bound == pytest.approx(sorted([10 * 15e-5, 5 * 15e-5, 2.5 * 5e-4])[1])
+    even = predicted.tokens_per_second.even
+    assert one.off == pytest.approx(5 / even - 1)
+    unknown = [structs.replace(item, disk_bytes=None) for item in rounds]
+    assert report("x", unknown, predicted, sizes, MACHINE, cold=True).bound == pytest.approx(2000)
+    assert report("x", unknown, predicted, sizes, MACHINE, cold=False).bound == pytest.approx(
+        1 / 0.15e-3
+    )
+
+
+def processes_of(marker: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if marker in path.read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Any, seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_bench_leaves_nothing_running(package: Path, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evermind_pack", "bench", str(package), "--max-new", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+    def children() -> list[int]:
+        found = []
+        for pid in processes_of("evermind_pack.benching.round"):
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == process.pid:
+                found.append(pid)
+        return found
+
+    try:
+        assert wait_for(lambda: bool(children())), "no round was started"
+        (child,) = children()
+        os.kill(process.pid, how)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert err.strip() == b"interrupted"
+    assert wait_for(lambda: not Path(f"/proc/{child}").exists()), "a round is still running"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PKG", "--max-new", "1"], "--max-new: expected 2 or more"),
+        (["PKG", "--budgets", ","], "--budgets: expected sizes like"),
+        (["PKG", "--budgets", "1%"], "cannot hold the experts of one step"),
+        (["PKG", "--budgets", "much"], "--budgets: expected bytes"),
+        (["PKG", "--prompt", "x"], "it has no tokenizer"),
+        (["PKG", "--tokens", "1,x"], "expected ids like 1,2,3"),
+        (["PKG", "--profile", "p"], "without --policy pinned"),
+        (["PKG", "--plot", "missing/p.png"], "its folder is not there"),
+        (["PKG", "--tokens", "1,4000", "--budgets", "100%"], "expected token ids from 0 to 95"),
+        (["https://models.example/lm"], "expected a package on this machine"),
+        (["missing"], "there is no such folder or file"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, package: Path, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(
+        capsys, "bench", *(package if word == "PKG" else word for word in arguments)
+    )
+    assert (code, out) == (2, "")
+    assert message in err
