@@ -33,6 +33,7 @@ class Round(Struct, frozen=True, kw_only=True):
     `ttft_seconds` that of the measured run. `disk_bytes` are what came from a disk and not
     from the page cache, `None` where the system does not tell. `rss_bytes` is the process's
     peak. `dropped` says whether the pages left the page cache, `None` if that was not asked.
+    `io` is how experts were read, "direct" or "buffered".
     """
 
     load_seconds: float
@@ -50,6 +51,7 @@ class Round(Struct, frozen=True, kw_only=True):
     resident_bytes: int
     rss_bytes: int | None
     dropped: bool | None
+    io: str
 
 
 class Failure(Struct, frozen=True, kw_only=True):

@@ -35,6 +35,7 @@ class Report:
 
     name: str
     budget: int
+    io: str
     tokens_per_second: Spread
     cpu_seconds_per_token: float
     first_seconds: float
@@ -64,21 +65,19 @@ def report(
     predicted: Forecast,
     sizes: ModelSizes,
     machine: Machine,
-    *,
-    cold: bool,
+    at_work: Machine,
 ) -> Report:
     """Sum up the rounds of one budget; each has decoded a token or more.
 
-    `predicted` was made for the machine if `cold`, else for it with the package in memory.
-    The bound takes what came from a disk at the disk's rate and the rest of the misses at
-    the page cache's. Where the system does not tell them apart, all of it came from the
-    disk if `cold`, and nothing if not.
+    `at_work` is the machine that `predicted` was made for: `machine`, or `machine.warm()` if
+    the page cache was to give what is missed. The bound takes what came from a disk at the
+    disk's rate and the rest of the misses at the page cache's. Where the system does not tell
+    them apart, all of it came from the disk, or nothing if `at_work` is warm.
     """
     speeds = [one.decoded / one.decode_seconds for one in rounds]
     speed = statistics.median(speeds)
     hit_rate = _median(rounds, _hit_rate)
-    bounds = [_bound(one, sizes, machine, cold) for one in rounds]
-    at_work = machine if cold else machine.warm()
+    bounds = [_bound(one, sizes, machine, warm=at_work.disk_how == "warm") for one in rounds]
     at_hit_rate = 1 / token_seconds(sizes, at_work, hit_rate)
     rss = [one.rss_bytes for one in rounds if one.rss_bytes is not None]
     peak = max(one.peak_expert_bytes for one in rounds)
@@ -86,6 +85,7 @@ def report(
     return Report(
         name=name,
         budget=predicted.budget,
+        io=rounds[0].io,
         tokens_per_second=Spread(speed, min(speeds), max(speeds)),
         cpu_seconds_per_token=_median(rounds, lambda one: one.cpu_seconds / one.decoded),
         first_seconds=_median(rounds, lambda one: one.first_seconds),
@@ -115,8 +115,8 @@ def same_tokens(results: Sequence[Sequence[Round]]) -> bool:
     )
 
 
-def _bound(one: Round, sizes: ModelSizes, machine: Machine, cold: bool) -> float:
-    guessed = one.bytes_read if cold else 0
+def _bound(one: Round, sizes: ModelSizes, machine: Machine, *, warm: bool) -> float:
+    guessed = 0 if warm else one.bytes_read
     # Read-ahead may fetch more than was asked for: no miss needs that.
     disk = min(one.bytes_read, guessed if one.disk_bytes is None else one.disk_bytes)
     seconds = disk / machine.disk_rate + (one.bytes_read - disk) / machine.cached_rate

@@ -54,7 +54,7 @@ def run_round(job: Job) -> Round:
         first_seconds = _measure(model, job, job.seed).ttft
         dropped = _drop(job.package) if job.cold else None
         run = _measure(model, job, job.seed + 1)
-        manifest = model.manifest
+        manifest, stats = model.manifest, model.stats()
         begin, end = run.begin, run.end
         return Round(
             load_seconds=load_seconds,
@@ -68,10 +68,11 @@ def run_round(job: Job) -> Round:
             misses=end.misses - begin.misses,
             bytes_read=end.bytes_read - begin.bytes_read,
             disk_bytes=(None if end.disk is None or begin.disk is None else end.disk - begin.disk),
-            peak_expert_bytes=model.stats().peak_resident_expert_bytes,
+            peak_expert_bytes=stats.peak_resident_expert_bytes,
             resident_bytes=manifest.files[manifest.resident].bytes if manifest.resident else 0,
             rss_bytes=_peak_memory(),
             dropped=dropped,
+            io=stats.io,
         )
 
 

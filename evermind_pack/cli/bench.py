@@ -12,7 +12,7 @@ from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Manifest
 from evermind_manifests.package import Package
 from evermind_runtime.budget import check_budget, parse_size
-from evermind_runtime.forecast import Forecast, expected_hit_rate, forecast
+from evermind_runtime.forecast import Forecast, expected_hit_rate, forecast, process_bytes
 from evermind_runtime.machine import Machine
 from evermind_runtime.openers import open_location
 from evermind_runtime.sizes import ModelSizes, generates
@@ -106,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what --policy pinned keeps (default: the package's own profile.json)",
     )
     parser.add_argument(
+        "--io",
+        choices=("auto", "direct", "buffered"),
+        default="auto",
+        help="read experts directly from the disk, or through the page cache, as for `run`",
+    )
+    parser.add_argument(
         "--trace",
         metavar="FILE",
         type=Path,
@@ -136,6 +142,10 @@ def run(args: argparse.Namespace) -> int:
         machine = subject.measure(args.threads)
     rows = args.prompt_tokens or _PROMPT_TOKENS if prompt is None else len(prompt)
 
+    def at_work(budget: int) -> Machine:
+        from_disk = args.cold or args.io == "direct" or not _cache_holds(machine, subject, budget)
+        return machine if from_disk else machine.warm()
+
     def predict(budget: int) -> Forecast:
         rate = expected_hit_rate(
             subject.sizes,
@@ -144,8 +154,7 @@ def run(args: argparse.Namespace) -> int:
             trace=trace,
             profile=subject.profile,
         )
-        at_work = machine if args.cold else machine.warm()
-        return forecast(subject.sizes, budget, at_work, rate, prompt_tokens=rows)
+        return forecast(subject.sizes, budget, at_work(budget), rate, prompt_tokens=rows)
 
     forecasts = _those_that_fit({name: predict(size) for name, size in budgets.items()}, args)
     jobs = {
@@ -165,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("rounds", quiet=args.quiet) as tell:
         results = run_rounds(jobs, args.rounds, progress=tell)
     reports = [
-        report(name, rounds, forecasts[name], subject.sizes, machine, cold=args.cold)
+        report(name, rounds, forecasts[name], subject.sizes, machine, at_work(budgets[name]))
         for name, rounds in results.items()
     ]
     every = [one for rounds in results.values() for one in rounds]
@@ -270,7 +279,15 @@ def _those_that_fit(
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
     profile = str(args.profile) if args.profile else None
-    return {"threads": args.threads, "policy": args.policy, "profile": profile}
+    return {"threads": args.threads, "policy": args.policy, "profile": profile, "io": args.io}
+
+
+def _cache_holds(machine: Machine, subject: Subject, budget: int) -> bool:
+    """Whether the page cache has room for all experts beside the process."""
+    if machine.available is None:
+        return True
+    room = machine.available.bytes - process_bytes(subject.sizes, budget)
+    return room >= subject.sizes.all_expert_bytes
 
 
 def _print(
@@ -285,7 +302,7 @@ def _print(
     print()
     unit = facts["unit"]
     head = ["budget", "", f"{unit}/s", "forecast", "off", "first token", "hit rate"]
-    head += ["read/token", "of bound", "experts", "beyond"]
+    head += ["read/token", "io", "of bound", "experts", "beyond"]
     rows = [
         [
             one.name,
@@ -296,6 +313,7 @@ def _print(
             seconds(one.first_seconds),
             f"{one.hit_rate:.1%}",
             human_bytes(int(one.bytes_per_token)),
+            one.io,
             f"{one.share_of_bound:.1%}",
             human_bytes(one.peak_expert_bytes),
             "unknown" if one.rss_beyond is None else human_bytes(one.rss_beyond),

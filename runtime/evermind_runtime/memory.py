@@ -20,16 +20,21 @@ _VERSIONS = {
 
 def available_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
     """Bytes that can be had, counting what the page cache would give back; `None` if unknown."""
+    return min((size for _, size in memory_limits(proc, cgroups)), default=None)
+
+
+def memory_limits(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> list[tuple[str, int]]:
+    """Everything that limits it, by name, with the bytes it leaves; empty if unknown."""
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         machine = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return None
-    return min([machine, *_group_limits(proc, cgroups)])
+        return []
+    return [("MemAvailable", machine), *_group_limits(proc, cgroups)]
 
 
-def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
+def _group_limits(proc: Path, cgroups: Path) -> Iterator[tuple[str, int]]:
     """What each group above this process still allows."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
@@ -47,7 +52,7 @@ def _group_limits(proc: Path, cgroups: Path) -> Iterator[int]:
                 break
             left = _left(one, *_VERSIONS[controllers])
             if left is not None:
-                yield left
+                yield f"the control group's {_VERSIONS[controllers][0]}", left
 
 
 def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:

@@ -68,7 +68,7 @@ def test_a_bench_reports_every_budget(package: Path, tmp_path: Path, capsys: Any
     code, out, err = call(
         capsys,
         *("bench", package, "--budgets", "50%,100%", "--max-new", 8, "--rounds", 1),
-        *("--threads", 1, "--tokens", "1,2,3", "--json", "--plot", plot),
+        *("--threads", 1, "--io", "buffered", "--tokens", "1,2,3", "--json", "--plot", plot),
     )
     assert (code, err) == (0, "")
     result = json.loads(out)
@@ -81,6 +81,7 @@ def test_a_bench_reports_every_budget(package: Path, tmp_path: Path, capsys: Any
         assert 0 <= one["hit_rate"] <= 1
         assert one["peak_expert_bytes"] <= one["budget"]
         assert one["rss_beyond"] > 0
+        assert one["io"] == "buffered"
         assert one["share_of_bound"] > 0
         assert one["share_of_bound"] * one["bound"] == pytest.approx(
             one["tokens_per_second"]["median"]
@@ -182,11 +183,12 @@ def test_figures_follow_from_the_rounds() -> None:
             resident_bytes=10**6,
             rss_bytes=60 * 10**6,
             dropped=None,
+            io="buffered",
         )
         for seconds, disk in ((1.0, 10**6), (2.0, 0), (4.0, 9 * 10**6))
     ]
     predicted = forecast(sizes, 3 * 10**6, MACHINE.warm(), Range(0.5, 0.6))
-    one = report("x", rounds, predicted, sizes, MACHINE, cold=False)
+    one = report("x", rounds, predicted, sizes, MACHINE, MACHINE.warm())
     assert (one.tokens_per_second.least, one.tokens_per_second.median) == (2.5, 5)
     assert one.tokens_per_second.most == 10
     assert one.hit_rate == 0.75
@@ -199,8 +201,8 @@ def test_figures_follow_from_the_rounds() -> None:
     even = predicted.tokens_per_second.even
     assert one.off == pytest.approx(5 / even - 1)
     unknown = [structs.replace(item, disk_bytes=None) for item in rounds]
-    assert report("x", unknown, predicted, sizes, MACHINE, cold=True).bound == pytest.approx(2000)
-    assert report("x", unknown, predicted, sizes, MACHINE, cold=False).bound == pytest.approx(
+    assert report("x", unknown, predicted, sizes, MACHINE, MACHINE).bound == pytest.approx(2000)
+    assert report("x", unknown, predicted, sizes, MACHINE, MACHINE.warm()).bound == pytest.approx(
         1 / 0.15e-3
     )
 
@@ -268,6 +270,7 @@ def test_an_interrupted_bench_leaves_nothing_running(package: Path, how: signal.
         (["PKG", "--budgets", "much"], "--budgets: expected bytes"),
         (["PKG", "--prompt", "x"], "it has no tokenizer"),
         (["PKG", "--tokens", "1,x"], "expected ids like 1,2,3"),
+        (["PKG", "--io", "direct", "--rounds", "1"], "direct reads of"),
         (["PKG", "--profile", "p"], "without --policy pinned"),
         (["PKG", "--plot", "missing/p.png"], "its folder is not there"),
         (["PKG", "--tokens", "1,4000", "--budgets", "100%"], "expected token ids from 0 to 95"),

@@ -28,56 +28,16 @@ def opener(path: Path) -> Any:
     return lambda flags: os.open(path, os.O_RDONLY | flags)
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nCached: 1 kB\n"}
-
-
-def test_the_least_limit_holds(tmp_path: Path) -> None:
-    found = available_memory(write(tmp_path, MEMINFO))
+def test_the_least_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [("MemAvailable", 2**34), ("the control group's memory.max", 2**20)]
+    monkeypatch.setattr("evermind_runtime.machine.memory.memory_limits", lambda: limits)
+    found = available_memory()
     assert found is not None
-    assert (found.bytes, found.by) == (8000 * 1024, "MemAvailable")
-    write(
-        tmp_path,
-        {
-            "proc/self/cgroup": "0::/outer/inner\n",
-            "sys/fs/cgroup/outer/memory.max": "4000000\n",
-            "sys/fs/cgroup/outer/memory.current": "1500000\n",
-            "sys/fs/cgroup/outer/memory.stat": "anon 1\ninactive_file 300000\nactive_file 200000\n",
-            "sys/fs/cgroup/outer/inner/memory.max": "max\n",
-            "sys/fs/cgroup/outer/inner/memory.current": "1000\n",
-        },
-    )
-    found = available_memory(tmp_path)
+    assert (found.bytes, found.by) == (2**20, "the control group's memory.max")
+    monkeypatch.setattr("evermind_runtime.machine.memory.memory_limits", list)
+    found = available_memory()
     assert found is not None
-    # Page cache is given up when it is needed.
-    assert (found.bytes, found.by) == (3_000_000, "cgroup v2 memory.max")
-
-
-def test_a_first_version_cgroup_whose_path_is_the_hosts(tmp_path: Path) -> None:
-    root = write(
-        tmp_path,
-        {
-            **MEMINFO,
-            "proc/self/cgroup": "9:cpu:/\n4:memory:/on/the/host\n0::/\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000\n",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes": "2500000\n",
-            "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\ntotal_active_file 0\n",
-        },
-    )
-    found = available_memory(root)
-    assert found is not None
-    assert (found.bytes, found.by) == (0, "cgroup v1 memory.limit_in_bytes")
-    unlimited = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}
-    found = available_memory(write(tmp_path, unlimited))
-    assert found is not None
-    assert found.by == "MemAvailable"
+    assert found.by in ("the machine's whole memory", "RLIMIT_AS")
 
 
 def test_an_address_space_limit_is_seen() -> None:
