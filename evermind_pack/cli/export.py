@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("f16", "bf16", "f32"),
-        default="f16",
-        help="what expert weights are stored as (default: f16)",
+        choices=("f16", "bf16", "f32", "ternary", "ternary2"),
+        help="what expert weights are stored as (default: f16; for tilelli models ternary, "
+        "which is base-3, or ternary2, two bits a weight)",
     )
     parser.add_argument(
         "--layout",
@@ -131,6 +131,7 @@ def _print_result(args: argparse.Namespace, digest: str) -> None:
     with open_package(args.output) as package:
         manifest = package.manifest
     size = sum(entry.bytes for entry in manifest.files.values())
+    experts = sum(shard.bytes for shard in manifest.shards)
     if args.json:
         print_json(
             {
@@ -138,6 +139,7 @@ def _print_result(args: argparse.Namespace, digest: str) -> None:
                 "digest": digest,
                 "family": manifest.family,
                 "experts": len(manifest.shards),
+                "expert_bytes": experts,
                 "bytes": size,
                 "parity": manifest.parity is not None,
             }
@@ -147,7 +149,7 @@ def _print_result(args: argparse.Namespace, digest: str) -> None:
         {
             "package": f"{args.output}  ({human_bytes(size)})",
             "family": manifest.family,
-            "experts": f"{len(manifest.shards)} shards, {args.dtype}",
+            "experts": f"{len(manifest.shards)} shards, {human_bytes(experts)}",
             "digest": digest,
         }
     )

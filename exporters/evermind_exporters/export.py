@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -37,7 +37,6 @@ from .peer_tokenizer import TOKENIZER_NAME
 from .resident import pack_resident
 from .source import ModelSource
 
-ExpertDType: TypeAlias = Literal["f32", "f16", "bf16"]
 # From here on a shard is handed to the writer tensor by tensor, not whole.
 _WHOLE_SHARD_BYTES = 16 * 1024 * 1024
 
@@ -48,13 +47,14 @@ Progress: TypeAlias = Callable[[int, int], None]
 class ExportOptions:
     """How to write a package.
 
-    `dtype` is what expert weights are stored as. Resident weights stay float32, except that
-    `rounding="truncate"` (f16 only) cuts every weight to half precision the way the peer
-    does, so that the package computes exactly the peer's half model. What `name`, `version`,
-    `card` and `created` leave open comes from the source.
+    `dtype` is what expert weights are stored as, one of the family's `storages` or (None) the
+    first of them: f16, bf16 or f32 everywhere but for ternary models. Resident weights stay
+    float32, except that `rounding="truncate"` (f16 only) cuts every weight to half precision
+    the way the peer does, so that the package computes exactly the peer's half model. What
+    `name`, `version`, `card` and `created` leave open comes from the source.
     """
 
-    dtype: ExpertDType = "f16"
+    dtype: str | None = None
     rounding: dtypes.Rounding = "nearest"
     layout: Literal["files", "pool"] = "files"
     name: str | None = None
@@ -80,13 +80,9 @@ def export_package(
     not fit `dtype` or the destination cannot be written; then nothing is left behind.
     """
     options = options or ExportOptions()
-    if options.rounding == "truncate" and options.dtype != "f16":
-        raise ConfigError(
-            f"rounding 'truncate' is the peer's half precision and needs dtype f16, "
-            f"not {options.dtype}"
-        )
     with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
         draft = draft_package(source, options, reference)
+        source = replace(source, config=draft.manifest.config)
         for path, data in draft.files.items():
             writer.add_file(path, data)
         _add_shards(writer, draft.blueprint, source, options, progress)
@@ -107,8 +103,10 @@ def draft_package(
 ) -> Draft:
     """Build the graphs and pack the resident weights; of the experts only the layout is used."""
     family = FAMILIES[source.family]
+    config, dtype = family.stored_as(source.config, _storage(family, source.config, options))
+    source = replace(source, config=config)
     resident, index = pack_resident(_resident(source, family, options))
-    blueprint = family.build(source.config, index, options.dtype)
+    blueprint = family.build(config, index, dtype)
     files = {**source.attachments, **blueprint.graphs, RESIDENT_NAME: resident}
     kinds = _kinds(blueprint, files)
     tokenizer = None
@@ -144,6 +142,23 @@ def draft_package(
         created=options.created or source.created,
     )
     return Draft(files, manifest, blueprint)
+
+
+def _storage(family: ModelFamily, config: Mapping[str, Any], options: ExportOptions) -> str:
+    """What expert weights are stored as. Raises `ConfigError` for what cannot be had."""
+    storages = family.storages
+    dtype = options.dtype or config.get("storage", storages[0])
+    if dtype not in storages:
+        raise ConfigError(
+            f"dtype: a {family.name!r} model is stored as one of {', '.join(storages)}, "
+            f"found {dtype!r}"
+        )
+    if options.rounding == "truncate" and (dtype != "f16" or storages[0] != "f16"):
+        raise ConfigError(
+            f"rounding 'truncate' is the peer's half precision and needs dtype f16, not {dtype}, "
+            "of a family whose weights may be rounded"
+        )
+    return dtype
 
 
 def merge_cards(below: Card, above: Card) -> Card:

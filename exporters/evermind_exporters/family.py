@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy.typing as npt
 from evermind_manifests.errors import ConfigError
@@ -39,6 +39,8 @@ class ModelFamily(ABC):
     parity_tolerance: float = 1e-5
     # Raw configurations by name, for `export FAMILY:PRESET`; those families have `initial`.
     presets: Mapping[str, Config] = MappingProxyType({})
+    # How expert weights may be stored (`export --dtype`), the default first.
+    storages: tuple[str, ...] = ("f16", "bf16", "f32")
 
     @abstractmethod
     def resolve(self, raw: Config, found: Shapes) -> dict[str, Any]:
@@ -73,6 +75,14 @@ class ModelFamily(ABC):
     @abstractmethod
     def sample_inputs(self, config: Config, seed: int) -> Arrays:
         """Inputs of a parity case, by the plan's names; another seed gives other ones."""
+
+    def stored_as(self, config: Config, dtype: str) -> tuple[dict[str, Any], DType]:
+        """The configuration to record, and what to `build` with, for one of `storages`."""
+        return dict(config), cast(DType, dtype)
+
+    def tokenizer(self, config: Config) -> Literal["bytes"] | None:
+        """The vocabulary a model has by its definition; one beside the weights goes first."""
+        return None
 
     def canonical_name(self, name: str) -> str | None:
         """The name used here for a tensor that other writers call `name`.
@@ -120,6 +130,9 @@ class ModularFamily(ModelFamily):
             for key, module in modules.items()
             for preset, raw in module.presets.items()
         }
+        first = next(iter(modules.values()))
+        self.storages = first.storages
+        self.parity_tolerance = first.parity_tolerance
 
     def resolve(self, raw: Config, found: Shapes) -> dict[str, Any]:
         """See `ModelFamily.resolve`; the result begins with `module`."""
@@ -135,6 +148,14 @@ class ModularFamily(ModelFamily):
     def recognises(self, found: Shapes) -> bool:
         """See `ModelFamily.recognises`."""
         return any(module.recognises(found) for module in self.modules.values())
+
+    def stored_as(self, config: Config, dtype: str) -> tuple[dict[str, Any], DType]:
+        """See `ModelFamily.stored_as`."""
+        return self.module(config).stored_as(config, dtype)
+
+    def tokenizer(self, config: Config) -> Literal["bytes"] | None:
+        """See `ModelFamily.tokenizer`."""
+        return self.module(config).tokenizer(config)
 
     def module(self, config: Config) -> ModelFamily:
         """The object of the module that `config` names."""

@@ -171,7 +171,7 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     vocabulary = raw.pop("vocabulary", None)
     config = family.resolve(raw, tensors.shapes())
     tensors.check(family.shapes(config), CONFIG_NAME)
-    tokenizer: bytes | Literal["bytes"] | None = None
+    tokenizer: bytes | Literal["bytes"] | None = family.tokenizer(config)
     if (folder / TOKENIZER_NAME).is_file():
         tokenizer = (folder / TOKENIZER_NAME).read_bytes()
     elif vocabulary == "bytes":

@@ -56,7 +56,7 @@ def _front_matter(manifest: Manifest, card: Card) -> str:
 
 
 def _generates_text(manifest: Manifest) -> bool:
-    return manifest.family == "evermind-lm" or manifest.family.startswith("hf-")
+    return "tokens" in manifest.plan.inputs and "logits" in manifest.plan.outputs
 
 
 def _introduction(manifest: Manifest) -> str:
