@@ -19,10 +19,12 @@ from .reference import reference
 from .shared_expert_moe import SharedExpertMoE
 from .synapse import MODULES as SYNAPSE_MODULES
 from .synapse import SynapseModel
+from .tilelli import AtomeLmModel, TilelliBlockModel
 from .tokitai import TokitaiMoE, TokitaiOutput
 
 __all__ = [
     "MODELS",
+    "AtomeLmModel",
     "EvermindLM",
     "FamilyModel",
     "LimbicModel",
@@ -32,6 +34,7 @@ __all__ = [
     "Routes",
     "SharedExpertMoE",
     "SynapseModel",
+    "TilelliBlockModel",
     "TokitaiMoE",
     "TokitaiOutput",
     "generate",
@@ -45,6 +48,7 @@ MODELS: dict[str, type[FamilyModel] | Mapping[str, type[FamilyModel]]] = {
     model.family: model for model in (SharedExpertMoE, EvermindLM, LimbicModel, TokitaiMoE)
 }
 MODELS["synapse"] = {"model": SynapseModel} | {one.module: one for one in SYNAPSE_MODULES}
+MODELS["tilelli"] = {"block": TilelliBlockModel, "lm": AtomeLmModel}
 
 
 def model_type(family: str, config: Mapping[str, Any]) -> type[FamilyModel]:

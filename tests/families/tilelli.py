@@ -20,9 +20,7 @@ BLOCKS = [
 LM = "tilelli_lm"
 
 
-def write_model(
-    folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]
-) -> Path:
+def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> Path:
     """A folder with config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(config)))
@@ -36,12 +34,28 @@ def golden_model(folder: Path, name: str, **config: Any) -> Path:
     return write_model(folder, {**case.config, "family": "tilelli", **config}, case.weights)
 
 
+def random_model(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A fresh language model whose norms differ by channel.
+
+    Ternary weights of plain norms give sums of a few values, where router columns tie.
+    """
+    from evermind_pack.models import AtomeLmModel
+
+    model = AtomeLmModel({key: value for key, value in config.items() if key != "family"})
+    rng = np.random.default_rng(9)
+    weights = {
+        name: (array + rng.normal(size=array.shape) * 0.3).astype(np.float32)
+        if "norm." in name
+        else array
+        for name, array in model.to_tensors().items()
+    }
+    return write_model(folder, config, weights)
+
+
 def package(source: Path, destination: Path, *, parity: bool = False, **options: Any) -> Path:
     """The model in `source` as a package."""
     from evermind_pack.parity import parity_reference
 
     reference = parity_reference("tilelli") if parity else None
-    export_package(
-        read_source(source), destination, ExportOptions(**options), reference=reference
-    )
+    export_package(read_source(source), destination, ExportOptions(**options), reference=reference)
     return destination

@@ -182,7 +182,9 @@ class AtomeLm(TilelliModule):
 
     def sample_inputs(self, config: Config, seed: int) -> Arrays:
         """See `ModelFamily.sample_inputs`."""
-        return {"tokens": (Lcg(seed).uniforms(16) * config["vocab_size"]).astype(np.int64)}
+        # All different: equal tokens have equal scores, and who wins a tie is nobody's to say.
+        order = np.argsort(Lcg(seed).uniforms(config["vocab_size"]), kind="stable")
+        return {"tokens": order[:16].astype(np.int64)}
 
     def tokenizer(self, config: Config) -> Literal["bytes"] | None:
         """See `ModelFamily.tokenizer`: 256 tokens are bytes."""

@@ -215,6 +215,7 @@ def _common(fields: ConfigFields) -> dict[str, Any]:
         **{key: fields.flag(key, default) for key, default in _FLAGS.items()},
         "semantics": fields.choice("semantics", ("forward", "infer"), "forward"),
         "weights": fields.choice("weights", ("shadow", "ternary"), "shadow"),
+        "seed": fields.integer("seed", 0, low=0, high=2**63 - 1),
         "storage": fields.choice("storage", STORAGES, STORAGES[0]),
     }
 
