@@ -8,7 +8,7 @@ import re
 import msgspec
 import pytest
 from evermind_manifests.card import render_card
-from evermind_manifests.manifest import Card, Manifest
+from evermind_manifests.manifest import Card, Manifest, ValueSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,8 +65,14 @@ def test_the_front_matter() -> None:
 
 
 def test_only_language_models_generate_text() -> None:
-    for family, expected in (("evermind-lm", True), ("hf-mixtral", True), ("limbic", False)):
-        text = render_card(with_card(Card(), family=family))
+    layer = with_card(Card())
+    ids = ValueSpec(dtype="i64", shape=("T",))
+    logits = ValueSpec(dtype="f32", shape=("T", 8))
+    plan = msgspec.structs.replace(
+        layer.plan, inputs={"tokens": ids}, outputs={"logits": logits, **layer.plan.outputs}
+    )
+    for manifest, expected in ((msgspec.structs.replace(layer, plan=plan), True), (layer, False)):
+        text = render_card(manifest)
         assert ("pipeline_tag" in front_matter(text)) == expected
         assert ("--max-new" in text) == expected
 
