@@ -32,6 +32,9 @@ from .readers import Readers
 from .shard_reader import IoMode, ReadAbandonedError, ShardReader, Verify
 from .slots import SlotTable
 
+# How often one who waits for room looks for pins that Ctrl-C has left.
+_RECLAIM_SECONDS = 1.0
+
 
 @dataclass(slots=True)
 class PagerCounters:
@@ -67,6 +70,7 @@ class Job:
         "keys",
         "read",
         "slots",
+        "thread",
         "wanted",
     )
 
@@ -77,8 +81,9 @@ class Job:
         self.slots: list[Slot] = []
         #: Bytes read so far, by key.
         self.read: list[int] = []
-        #: Whether a thread has begun with it.
+        #: Whether a thread has begun with it; `thread` is that one, or who made it.
         self.claimed = False
+        self.thread = threading.get_ident()
         self.cancelled = False
         self.done = False
         self.error: BaseException | None = None
@@ -101,7 +106,8 @@ class Pins:
         try:
             return self._pager._pin_all(self._layer, self._experts, self._pinned)
         except BaseException:
-            self._pager._let_go(self._pinned, failed=True)
+            self._pager._let_go(self._pinned)
+            self._pager._recover()
             raise
 
     def __exit__(
@@ -113,8 +119,15 @@ class Pins:
         try:
             self._pager._let_go(self._pinned)
         except BaseException:
-            self._pager._let_go(self._pinned, failed=True)
+            self._pager._let_go(self._pinned)
+            self._pager._recover()
             raise
+
+    def __del__(self) -> None:
+        # Ctrl-C on the very way into `__exit__`. No lock may be taken here: the thread that
+        # collects garbage may hold it.
+        if pinned := getattr(self, "_pinned", None):
+            self._pager._dropped.append(pinned)
 
 
 class Pager:
@@ -160,6 +173,8 @@ class Pager:
         self._held: dict[int, set[ExpertKey]] = {}
         # Held locks of callers that wait for room.
         self._waiting: list[threading.Lock] = []
+        # What was pinned by those who were interrupted before they could let go.
+        self._dropped: deque[list[Slot]] = deque()
         self._closed = False
 
     @property
@@ -201,6 +216,9 @@ class Pager:
                     soon = batches[at + 1 : at + 1 + AHEAD]
                     self.read_ahead(layer, [e for later in soon for e in later], keep=to_come)
                     yield from slots
+        except BaseException:
+            self._recover()
+            raise
         finally:
             with self._lock:
                 self._held.pop(layer, None)
@@ -296,27 +314,22 @@ class Pager:
     def _page_in(self, keys: Sequence[ExpertKey], pinned: list[Slot]) -> None:
         """Pin these experts, once there is room for all of them, and read those missing."""
         mine: list[Job] = []
-        try:
-            while True:
-                with self._lock:
-                    if self._closed:
-                        raise self._closed_error()
-                    if fits := self._table.fits(keys):
-                        jobs = self._start(keys, pinned, mine)
-                    else:
-                        self._cancel()
-                        gate = _gate(self._waiting)
-                if not fits:
-                    gate.acquire()
-                elif self._complete(jobs, mine):
-                    return
-                else:
-                    self._let_go(pinned)
-        except BaseException:
+        while True:
             with self._lock:
-                for job in mine:
-                    self._give_up(job)
-            raise
+                if self._closed:
+                    raise self._closed_error()
+                self._reclaim()
+                if fits := self._table.fits(keys):
+                    jobs = self._start(keys, pinned, mine)
+                else:
+                    self._cancel()
+                    gate = _gate(self._waiting)
+            if not fits:
+                gate.acquire(timeout=_RECLAIM_SECONDS)
+            elif self._complete(jobs, mine):
+                return
+            else:
+                self._let_go(pinned)
 
     def _start(self, keys: Sequence[ExpertKey], pinned: list[Slot], mine: list[Job]) -> list[Job]:
         """Pin what is there and begin to read the rest; gives the jobs to wait for.
@@ -386,8 +399,10 @@ class Pager:
     def _claim(self, job: Job) -> bool:
         """Whether it is this thread that does the job."""
         with self._lock:
-            claimed, job.claimed = job.claimed, True
-        return not claimed
+            if job.claimed:
+                return False
+            job.claimed, job.thread = True, threading.get_ident()
+            return True
 
     def _await(self, job: Job) -> None:
         with self._lock:
@@ -402,7 +417,7 @@ class Pager:
             job = self._next_job()
             if job is None:
                 return
-            job.claimed = True
+            job.claimed, job.thread = True, threading.get_ident()
         # What went wrong is for those who wait for the job.
         with suppress(BaseException):
             self._perform(job)
@@ -437,11 +452,13 @@ class Pager:
     def _settle(self, job: Job, error: BaseException | None) -> None:
         if job.done:
             return
-        for key, slot, read in zip(job.keys, job.slots, job.read, strict=True):
+        for key, slot, read in zip(job.keys, job.slots, job.read, strict=False):
             self.counters.bytes_read += read
             self.pages[key].bytes_read += read
             self._table.end(job, key, slot, filled=error is None)
         job.error = error
+        # Whoever still finds it in a queue must not touch the slots.
+        job.claimed = True
         job.done = True
         self._demands -= job.wanted
         _open(job.gates)
@@ -460,15 +477,30 @@ class Pager:
     def _give_up(self, job: Job) -> None:
         """End a job that nobody has begun."""
         if not job.claimed:
-            job.claimed = True
             self._settle(job, ReadAbandonedError())
 
-    def _let_go(self, pinned: list[Slot], *, failed: bool = False) -> None:
+    def _let_go(self, pinned: list[Slot]) -> None:
         with self._lock:
             if self._table.unpin(pinned):
                 _open(self._waiting)
-            if failed:
-                self._table.recover(lambda job: job.slots)
+
+    def _reclaim(self) -> None:
+        while self._dropped:
+            self._table.unpin(self._dropped[0])
+            del self._dropped[0]
+
+    def _recover(self) -> None:
+        """After an exception, which may be Ctrl-C at any place: end this thread's jobs.
+
+        Those it had not begun would else wait for ever, as would slots on their way.
+        """
+        with self._lock:
+            for job in set(self._table.loading.values()):
+                if job.thread == threading.get_ident():
+                    self._settle(job, ReadAbandonedError())
+            self._table.recover(lambda job: job.slots)
+            self._demands = sum(job.wanted for job in set(self._table.loading.values()))
+            _open(self._waiting)
 
     def _spare(self, key: ExpertKey) -> bool:
         """Whether nobody uses `key` now, nor has it been read for one who soon will."""
@@ -488,4 +520,7 @@ def _gate(gates: list[threading.Lock]) -> threading.Lock:
 
 def _open(gates: list[threading.Lock]) -> None:
     while gates:
-        gates.pop().release()
+        gate = gates.pop()
+        # One that waited in vain for a while may hold it no more.
+        if gate.locked():
+            gate.release()

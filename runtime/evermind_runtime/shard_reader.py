@@ -47,6 +47,8 @@ _PIECE = 1 << 20
 _CACHED_SHARE = 0.4
 _MOST_OPEN_FILES = 64
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+# What file systems say that have no direct reads, and stores that have no such file.
+_REFUSED = (errno.EINVAL, errno.ENOTSUP)
 _GAP = memoryview(bytearray(BLOCK))
 
 
@@ -129,9 +131,9 @@ class ShardReader:
             with self._files.use(manifest.shards[0].file, _O_DIRECT) as (_, begin, _):
                 return _misplaced(manifest.shards[0].file, begin)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in _REFUSED:
                 raise
-            return "the file system refuses O_DIRECT"
+            return f"direct reads are refused: {error.strerror}"
 
     def _read(
         self,
@@ -169,9 +171,9 @@ class ShardReader:
         except IntegrityError:
             raise
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in _REFUSED:
                 raise IntegrityError(f"{shard.file}: {error.strerror}") from error
-            note = f"{shard.file}: direct reads are refused"
+            note = f"{shard.file}: direct reads are refused: {error.strerror}"
         if self._forced:
             raise InputError(f"io: direct reads cannot be had: {note}")
         self.mode, self.note = "buffered", note
@@ -184,16 +186,17 @@ class ShardReader:
         for group in plan_reads(shards):
             with ExitStack() as stack:
                 rooms = [stack.enter_context(slots[at].filling()) for at in group]
-                if len(group) == 1:
-                    self._read(shards[group[0]], rooms[0], read, group[0])
+                if len(group) == 1 or not self._read_together([shards[at] for at in group], rooms):
+                    for at, room in zip(group, rooms, strict=True):
+                        self._read(shards[at], room, read, at)
                 else:
-                    self._read_together([shards[at] for at in group], rooms)
-                for at, room in zip(group, rooms, strict=True):
-                    if len(group) > 1:
+                    for at in group:
                         read[at] = shards[at].bytes
+                for at, room in zip(group, rooms, strict=True):
                     self._check(shards[at], room, read, at)
 
-    def _read_together(self, shards: Sequence[Shard], rooms: Sequence[memoryview]) -> None:
+    def _read_together(self, shards: Sequence[Shard], rooms: Sequence[memoryview]) -> bool:
+        """Whether the store has the file they lie in; if not, it is not asked again."""
         views: list[memoryview] = []
         end = shards[0].offset
         for shard, room in zip(shards, rooms, strict=True):
@@ -202,9 +205,17 @@ class ShardReader:
                 views.append(_GAP[: shard.offset - end])
             views.append(room[: shard.bytes])
             end = shard.offset + shard.bytes
-        with self._files.use(shards[0].file, 0) as (fd, begin, length):
-            _check_length(shards[-1], length)
-            _preadv_all(fd, begin + shards[0].offset, views, shards[-1])
+        try:
+            with self._files.use(shards[0].file, 0) as (fd, begin, length):
+                _check_length(shards[-1], length)
+                _preadv_all(fd, begin + shards[0].offset, views, shards[-1])
+        except IntegrityError:
+            raise
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            self._neighbours = False
+        return self._neighbours
 
     def _check(self, shard: Shard, room: memoryview, read: list[int], at: int) -> None:
         key = shard.layer, shard.expert

@@ -78,7 +78,8 @@ class SlotTable(Generic[_Job]):
 
     def evictable(self, key: ExpertKey) -> bool:
         """Whether nobody uses `key` now."""
-        return self.resident[key].pins == 0
+        slot = self.resident.get(key)
+        return slot is not None and slot.pins == 0
 
     def take(self, evictable: Evictable) -> Slot | None:
         """A free slot, a new one while the budget allows, or a victim's; `None` without one."""
@@ -109,9 +110,9 @@ class SlotTable(Generic[_Job]):
         if self.loading.get(key) is not job:
             return
         if filled:
+            self._policy.touched(key)
             slot.valid = True
             self.resident[key] = slot
-            self._policy.touched(key)
         del self.loading[key]
         slot.pins -= 1
         self._unpinned(slot)

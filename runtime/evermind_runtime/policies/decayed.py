@@ -64,13 +64,15 @@ class DecayedPolicy:
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The evictable key least likely to be used soon."""
         passed: list[ExpertKey] = []
-        key = self._coldest()
-        while key is not None and not evictable(key):
-            passed.append(key)
-            self._layers[self._position[key[0]]].pass_over(key[1])
+        try:
             key = self._coldest()
-        for layer, expert in passed:
-            self._layers[self._position[layer]].take_back(expert)
+            while key is not None and not evictable(key):
+                passed.append(key)
+                self._layers[self._position[key[0]]].pass_over(key[1])
+                key = self._coldest()
+        finally:
+            for layer, expert in passed:
+                self._layers[self._position[layer]].take_back(expert)
         return key or self._needed(evictable)
 
     def _coldest(self) -> ExpertKey | None:

@@ -1,0 +1,476 @@
+"""Experts large enough for reader threads: the same bits, the budget, faults and Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import evermind_runtime as em
+import numpy as np
+import pytest
+from evermind_manifests.errors import (
+    ClosedError,
+    InputError,
+    IntegrityError,
+    ShardDigestError,
+    TruncatedError,
+)
+from evermind_runtime import pager, slots
+from evermind_runtime.shard_reader import ShardReader
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.packages import export, random_source
+
+pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
+
+LAYERS, EXPERTS, TOP_K = 2, 6, 2
+CONFIG = {
+    "vocabSize": 40,
+    "dModel": 256,
+    "numLayers": LAYERS,
+    "hiddenDim": 512,
+    "numExperts": EXPERTS,
+    "topK": TOP_K,
+}
+TOKENS = {"tokens": list(range(40))}
+load = partial(em.load, plan="paged")
+Read = Callable[[str, int, memoryview], None]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 experts of 516 KiB."""
+    return export(random_source("evermind-lm", CONFIG), tmp_path_factory.mktemp("large") / "lm")
+
+
+@pytest.fixture(scope="module")
+def expected(package: Path) -> dict[str, Any]:
+    with load(package) as model:
+        return {steps: model.forward(TOKENS, steps=steps) for steps in ("prefill", "decode")}  # type: ignore[arg-type]
+
+
+def slot_size(package: Path) -> int:
+    with load(package) as model:
+        return model.budget // (LAYERS * EXPERTS)
+
+
+def watch(model: em.Model, around: Callable[[Read, str, int, memoryview], None]) -> None:
+    """Have `around` do the store's reads."""
+    store = model._package.store
+    honest = store.read_into
+    store.read_into = lambda *read: around(honest, *read)  # type: ignore[method-assign]
+
+
+def check_idle(model: em.Model) -> None:
+    """No pin, no read, and every slot in its one place."""
+    table = model._pager.slots
+    deadline = time.monotonic() + 10
+    while table.loading and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not table.loading
+    # What the next one who needs room would do first.
+    model._pager._reclaim()
+    assert table.pinned == 0
+    assert all(slot.pins == 0 for slot in table.all)
+    lying = [*table.resident.values(), *table._free]
+    assert sorted(map(id, lying)) == sorted(map(id, table.all))
+    assert all(slot.valid for slot in table.resident.values())
+    assert len(table.all) * table.all[0].bytes <= model.budget if table.all else True
+    assert not model._pager._waiting
+    assert model._pager._demands == 0
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_paged_runs_give_the_same_bits(
+    package: Path, expected: dict[str, Any], io: Any, count: int
+) -> None:
+    with load(package, budget=count * slot_size(package), io=io) as model:
+        for _ in range(2):
+            for steps in ("prefill", "decode"):
+                assert same(model.forward(TOKENS, steps=steps), expected[steps])  # type: ignore[arg-type]
+        stats = model.stats()
+        assert stats.io == io
+        assert stats.peak_resident_expert_bytes <= model.budget
+        assert stats.wait_seconds > 0
+        check_idle(model)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tokens=st.lists(st.integers(0, 39), min_size=1, max_size=20), count=st.integers(2, 12),
+       steps=st.sampled_from(["prefill", "decode"]), seed=st.integers(0, 99))  # fmt: skip
+def test_slow_and_uneven_reads_change_no_bit(
+    package: Path, tokens: list[int], count: int, steps: Any, seed: int
+) -> None:
+    delays = random.Random(seed)
+
+    def slow(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        time.sleep(delays.choice([0, 0, 0.002]))
+        read(path, offset, buffer)
+
+    inputs = {"tokens": tokens}
+    with load(package) as whole, load(package, budget=count * slot_size(package)) as model:
+        watch(model, slow)
+        assert same(model.forward(inputs, steps=steps), whole.forward(inputs, steps=steps))
+        held = sum(slot.bytes for slot in model._pager.slots.all)
+        assert held <= model.stats().peak_resident_expert_bytes <= model.budget
+        check_idle(model)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 12])
+def test_a_chunk_reads_each_expert_once(package: Path, count: int) -> None:
+    reads: Counter[str] = Counter()
+
+    def counting(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        reads[path] += 1
+        read(path, offset, buffer)
+
+    with load(package, budget=count * slot_size(package)) as model:
+        model.forward({"tokens": [7] * 3})
+        watch(model, counting)
+        outputs = model.forward(TOKENS)
+        routed = sum(len(np.unique(outputs[f"ids.{layer}"])) for layer in range(LAYERS))
+        assert sum(reads.values()) <= routed
+        assert set(reads.values()) == {1}
+
+
+def test_the_experts_of_a_token_are_read_at_the_same_time(package: Path) -> None:
+    """Neither read ends before the other has begun."""
+    both = threading.Barrier(TOP_K)
+
+    def together(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        both.wait(timeout=30)
+        read(path, offset, buffer)
+
+    with load(package) as model:
+        watch(model, together)
+        model.forward({"tokens": [1]}, steps="decode")
+        assert model.stats().expert_misses == LAYERS * TOP_K
+
+
+def test_a_chunk_reads_ahead_while_an_expert_runs(package: Path) -> None:
+    names: set[str] = set()
+
+    def naming(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        names.add(threading.current_thread().name)
+        read(path, offset, buffer)
+
+    with load(package, budget="50%") as model:
+        watch(model, naming)
+        model.forward(TOKENS)
+    assert "evermind-reader" in names
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+@pytest.mark.parametrize("fails", [1, 2, 3, 5, 9])
+def test_an_error_in_any_read_reaches_the_caller(
+    package: Path, expected: dict[str, Any], steps: Any, fails: int
+) -> None:
+    reads = iter(range(1, 1000))
+    broken: set[str] = set()
+
+    def failing(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        if next(reads) == fails:
+            broken.add(path)
+        if path in broken:
+            buffer[: len(buffer) // 2] = b"\xaa" * (len(buffer) // 2)
+            raise TruncatedError(f"{path}: made for a test")
+        read(path, offset, buffer)
+
+    with load(package, budget="50%") as model:
+        watch(model, failing)
+        with pytest.raises(TruncatedError, match="made for a test"):
+            model.forward(TOKENS, steps=steps)
+        check_idle(model)
+        broken.clear()
+        assert same(model.forward(TOKENS, steps=steps), expected[steps])
+
+
+def test_a_wrong_digest_is_read_again_once_and_then_named(package: Path) -> None:
+    reads: Counter[str] = Counter()
+
+    def wrong(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        reads[path] += 1
+        read(path, offset, buffer)
+        buffer[-1] ^= 1
+
+    with load(package, budget="50%") as model:
+        watch(model, wrong)
+        with pytest.raises(ShardDigestError, match="layer 0"):
+            model.forward(TOKENS)
+        check_idle(model)
+        assert set(reads.values()) == {2}
+        assert not model._pager.slots.resident
+
+
+def test_threads_under_a_tiny_budget_with_a_failing_store(
+    package: Path, expected: dict[str, Any]
+) -> None:
+    """Requests that fail fail by themselves: the others' bits are right, and nothing is lost."""
+    chance = random.Random(3)
+    outcomes: list[str] = []
+
+    def moody(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        time.sleep(chance.choice([0, 0, 0.001]))
+        if chance.random() < 0.02:
+            raise IntegrityError(f"{path}: made for a test")
+        read(path, offset, buffer)
+
+    with load(package, budget=5 * slot_size(package), verify="never") as model:
+        watch(model, moody)
+
+        def work(steps: Literal["prefill", "decode"]) -> None:
+            for _ in range(4):
+                try:
+                    right = same(model.forward(TOKENS, steps=steps), expected[steps])
+                    outcomes.append("right" if right else "wrong")
+                except IntegrityError:
+                    outcomes.append("failed")
+
+        threads = [
+            threading.Thread(target=work, args=(steps,)) for steps in ("prefill", "decode") * 3
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert not any(thread.is_alive() for thread in threads)
+        assert len(outcomes) == 24
+        assert set(outcomes) <= {"right", "failed"}
+        check_idle(model)
+        assert model.stats().peak_resident_expert_bytes <= model.budget
+
+
+# Ctrl-C and close.
+
+
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+def test_ctrl_c_in_a_read_leaves_nothing_behind(
+    package: Path, expected: dict[str, Any], steps: Any
+) -> None:
+    main = threading.current_thread()
+    left = 0
+
+    def interrupted(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        nonlocal left
+        if threading.current_thread() is main:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        read(path, offset, buffer)
+
+    for after in (1, 2, 3):
+        with load(package, budget="34%") as model:
+            watch(model, interrupted)
+            left = after
+            try:
+                model.forward(TOKENS, steps=steps)
+                # Only the first read is for certain the caller's.
+                assert after > 1
+            except KeyboardInterrupt:
+                assert left == 0
+            check_idle(model)
+            left = 0
+            assert same(model.forward(TOKENS, steps=steps), expected[steps])
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[int], None]]:
+    """`interrupt(n)`: Ctrl-C at the n-th entry into a function of the pager from now on.
+
+    Entering a function is where CPython looks for signals.
+    """
+    files = {pager.__file__, slots.__file__}
+
+    def start(after: int) -> None:
+        left = after
+
+        def tracer(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal left
+            name = frame.f_code.co_name
+            if frame.f_code.co_filename in files and name[0] != "<" and name != "__del__":
+                left -= 1
+                if left == 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+
+        sys.settrace(tracer)
+
+    yield start
+    sys.settrace(None)
+
+
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+def test_ctrl_c_anywhere_in_the_pager_leaves_nothing_behind(
+    package: Path, expected: dict[str, Any], interrupt: Callable[[int], None], steps: Any
+) -> None:
+    inputs = {"tokens": [3, 4]}
+    with load(package) as whole:
+        right = whole.forward(inputs, steps=steps)
+    with load(package, budget="34%", verify="never") as model:
+        for after in range(1, 400, 3):
+            interrupt(after)
+            try:
+                model.forward(inputs, steps=steps)
+                break
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            check_idle(model)
+        else:
+            pytest.fail("never came to an end")
+        assert after > 40
+        assert same(model.forward(inputs, steps=steps), right)
+
+
+def test_closing_waits_for_reads_and_ends_the_threads(package: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    found: list[BaseException] = []
+
+    def slow(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        begun.set()
+        go_on.wait(timeout=30)
+        read(path, offset, buffer)
+
+    model = load(package, budget="50%")
+    watch(model, slow)
+
+    def work() -> None:
+        try:
+            model.forward(TOKENS)
+        except ClosedError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait(timeout=30)
+    closing = threading.Thread(target=model.close)
+    closing.start()
+    go_on.set()
+    for one in (thread, closing):
+        one.join(timeout=30)
+        assert not one.is_alive()
+    assert found
+    mine = model._pager._readers
+    assert mine is not None
+    assert not any(one.is_alive() for one in mine._threads)
+    with pytest.raises(ClosedError):
+        model.forward(TOKENS)
+
+
+def test_a_model_that_is_forgotten_ends_its_threads(package: Path) -> None:
+    model = load(package, budget="50%")
+    model.forward(TOKENS)
+    readers = model._pager._readers
+    assert readers is not None
+    threads = readers._threads
+    assert threads
+    del model, readers
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+# Direct reads.
+
+
+def refuse(error: int) -> Callable[..., Any]:
+    def open_extent(path: str, flags: int = 0) -> tuple[int, int, int]:
+        raise OSError(error, "made for a test")
+
+    return open_extent
+
+
+def test_auto_reads_directly_only_what_the_page_cache_cannot_hold(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room, mode in ((None, "buffered"), (1 << 40, "buffered"), (1 << 20, "direct")):
+        monkeypatch.setattr("evermind_runtime.shard_reader.available_bytes", lambda room=room: room)
+        with load(package, budget="50%") as model:
+            assert model.stats().io == mode
+            assert bool(model.stats().io_note) == (mode == "buffered")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_direct_reads_is_read_buffered(
+    package: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr("evermind_runtime.shard_reader.available_bytes", lambda: 0)
+    kind = type(load(package)._package.store)
+    with load(package, budget="50%") as model:
+        # Refused from the second file on: what is read buffered then is said.
+        model._package.store.open_extent = refuse(code)  # type: ignore[attr-defined]
+        model._pager.reader._files._open = refuse(code)
+        assert model.stats().io == "direct"
+        assert same(model.forward(TOKENS), expected["prefill"])
+        assert model.stats().io == "buffered"
+        assert "refused" in model.stats().io_note
+    monkeypatch.setattr(kind, "open_extent", staticmethod(refuse(code)))
+    with load(package, budget="50%") as model:
+        assert model.stats().io == "buffered"
+    with pytest.raises(InputError, match="cannot be had"):
+        load(package, io="direct")
+
+
+def test_direct_reads_that_cannot_be_had_are_refused(package: Path, lm_package: Path) -> None:
+    with pytest.raises(InputError, match="too small"):
+        load(lm_package, io="direct")
+    with pytest.raises(InputError, match="expected one of"):
+        load(lm_package, io="quick")  # type: ignore[arg-type]
+
+
+def test_a_shard_cut_short_is_named_by_direct_reads_too(package: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(package, tmp_path / "lm"))
+    path = copy / "experts" / "l001" / "e0002.moe0"
+    os.truncate(path, path.stat().st_size - 64)
+    with load(copy, io="direct") as model, pytest.raises(TruncatedError, match="e0002"):
+        model.forward(TOKENS)
+
+
+@pytest.mark.parametrize("layout", ["files", "pool"])
+@pytest.mark.parametrize("suffix", ["", ".zip"])
+def test_every_layout_can_be_read_directly(tmp_path: Path, layout: Any, suffix: str) -> None:
+    path = export(random_source("evermind-lm", CONFIG), tmp_path / f"lm{suffix}", layout=layout)
+    with load(path) as whole, load(path, budget="50%", io="direct") as model:
+        assert same(model.forward(TOKENS), whole.forward(TOKENS))
+        assert model.stats().io == "direct"
+
+
+def test_neighbours_in_a_pool_are_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = CONFIG | {"dModel": 32, "hiddenDim": 48}
+    path = export(random_source("evermind-lm", small), tmp_path / "lm", layout="pool")
+    reads: list[int] = []
+    honest = ShardReader._read_together
+
+    def counting(self: Any, shards: Any, rooms: Any) -> None:
+        reads.append(len(shards))
+        honest(self, shards, rooms)
+
+    monkeypatch.setattr(ShardReader, "_read_together", counting)
+    with load(path) as model:
+        whole = model.forward(TOKENS)
+    # A quarter of the slots at once.
+    assert max(reads) == LAYERS * EXPERTS // 4
+    with load(path, budget="50%", verify="always") as model:
+        assert same(model.forward(TOKENS), whole)
+        check_idle(model)
