@@ -18,14 +18,16 @@ EXAMPLES = """\
   evermind-pack train lm --corpus books/ notes.txt --vocab 256 -o runs/books
   evermind-pack train moe --data samples.npz -o runs/layer --experts 16 --top-k 2
   evermind-pack train limbic --data episodes.npz -o runs/mood --steps 200
+  evermind-pack train tokitai -o runs/quality --size nano --steps 300
   evermind-pack train --resume runs/python"""
 
+FAMILIES = ("lm", "moe", "limbic", "tokitai")
 _INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to train, on what, and how long; every option has a default that works."""
-    parser.add_argument("family", nargs="?", choices=("lm", "moe", "limbic"), help="what to train")
+    parser.add_argument("family", nargs="?", choices=FAMILIES, help="what to train")
     parser.add_argument("-o", "--output", metavar="RUN", type=Path, help="the run folder to write")
     parser.add_argument(
         "--resume", metavar="RUN", type=Path, help="go on from a run's last checkpoint"
@@ -57,13 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--d-model", type=positive_int, help="width (default: 128)")
     text.add_argument("--conv", type=positive_int, help="tokens a convolution sees (default: 8)")
     text.add_argument("--window", type=positive_int, help="tokens per sequence (default: 128)")
-    data = parser.add_argument_group("moe, limbic")
+    tokitai = parser.add_argument_group("tokitai")
+    tokitai.add_argument(
+        "--size", choices=("nano", "tiny", "medium", "full"), help="a preset (default: nano)"
+    )
+    tokitai.add_argument(
+        "--depth", type=int, help="an expert's inner layers, with --hidden instead of --size"
+    )
+    data = parser.add_argument_group("moe, limbic, tokitai")
     data.add_argument(
         "--data",
         metavar="NPZ",
         type=Path,
         help="moe: x (N, D), target (N, D); limbic: x (N, I), state (N, S), delta (N, S), "
-        "reward (N,)",
+        "reward (N,); tokitai: x (N, I), label (N,) (default: a rule made up for it)",
     )
 
 
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train", "Training") from error
     if (args.family is None) == (args.resume is None):
-        raise InputError("give what to train (lm, moe or limbic), or --resume RUN, not both")
+        raise InputError(f"give what to train ({', '.join(FAMILIES)}), or --resume RUN, not both")
     if args.resume is None and args.output is None:
         raise InputError("-o RUN is needed: the folder the run is written to")
     if args.resume is not None:

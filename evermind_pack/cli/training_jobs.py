@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evermind_exporters.families.tokitai import SIZES
 from evermind_manifests.errors import InputError
 
-from ..models import LimbicModel, SharedExpertMoE
+from ..models import FamilyModel, LimbicModel, SharedExpertMoE, TokitaiMoE
 from ..training import (
     Corpus,
     LimbicBatch,
@@ -22,10 +24,14 @@ from ..training import (
     MoeTrainer,
     MoeTrainerOptions,
     RunFolder,
+    TokitaiBatch,
+    TokitaiTrainer,
+    TokitaiTrainerOptions,
     TrainingResult,
     build_corpus,
     read_documents,
     resume_language_model,
+    rule_batch,
     run_training,
     standard_library,
     train_language_model,
@@ -37,7 +43,17 @@ from .terminal import remark
 from .training_progress import training_progress
 
 _STEPS = 400
+_RULE_BATCH = 256
+_HELD_OUT = 1000
 _CHECKPOINT_EVERY = 100
+_TEXT = ("corpus", "stdlib", "vocab", "max_bytes", "layers", "d_model", "conv", "window")
+# What each trains on, by family: arrays of a sample file, and the batch made of them.
+_SAMPLES: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+    SharedExpertMoE.family: (("x", "target"), MoeBatch),
+    LimbicModel.family: (("x", "state", "delta", "reward"), LimbicBatch),
+    TokitaiMoE.family: (("x", "label"), TokitaiBatch),
+}
+_VECTORS = ("reward", "label")
 
 
 def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingResult:
@@ -46,12 +62,15 @@ def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingRes
     if args.family == "lm":
         if args.stdlib == bool(args.corpus):
             raise InputError("lm needs a corpus: --corpus PATH …, or --stdlib")
-        _refuse(args, "data")
+        _refuse(args, "data", "size", "depth")
         for path in args.corpus or ():
             if not path.exists():
                 raise InputError(f"--corpus: {path}: there is no such folder or file")
         return train_lm(args.output, _language_preset(args), stop=stop, quiet=quiet)
-    _refuse(args, "corpus", "stdlib", "vocab", "max_bytes", "layers", "d_model", "conv", "window")
+    _refuse(args, *_TEXT)
+    if args.family == "tokitai":
+        return _start_tokitai(args, stop=stop, quiet=quiet)
+    _refuse(args, "size", "depth")
     if args.data is None:
         raise InputError(f"{args.family} needs --data NPZ")
     return _start_samples(args, stop=stop, quiet=quiet)
@@ -134,14 +153,9 @@ def _corpus(source: Mapping[str, Any], quiet: bool) -> Corpus:
 def _start_samples(
     args: argparse.Namespace, *, stop: threading.Event, quiet: bool
 ) -> TrainingResult:
-    plan = {
-        "steps": args.steps or _STEPS,
-        "batch_size": args.batch or 0,
-        "data": str(args.data.resolve()),
-    }
-    arrays = _samples(args.data, args.family)
     trainer: AnyTrainer
     if args.family == "moe":
+        arrays = _samples(args.data, SharedExpertMoE)
         config = _given(
             modelDim=arrays["x"].shape[1],
             hiddenDim=args.hidden,
@@ -153,6 +167,7 @@ def _start_samples(
         trainer = MoeTrainer(SharedExpertMoE(config), MoeTrainerOptions(**given))
     else:
         _refuse(args, "experts", "top_k", "aux_weight")
+        arrays = _samples(args.data, LimbicModel)
         config = _given(
             inputDim=arrays["x"].shape[1],
             hiddenDim=args.hidden,
@@ -160,8 +175,49 @@ def _start_samples(
             seed=args.seed,
         )
         trainer = LimbicTrainer(LimbicModel(config), LimbicTrainerOptions(**_given(lr=args.lr)))
+    plan = _plan(args, batch_size=args.batch or 0)
     run = RunFolder.create(args.output, trainer.model)
     return _train_samples(run, trainer, plan, stop=stop, quiet=quiet)
+
+
+def _start_tokitai(
+    args: argparse.Namespace, *, stop: threading.Event, quiet: bool
+) -> TrainingResult:
+    """On a file of samples, or on the built-in rule, whose batches are made step by step."""
+    hidden, depth = (None, None) if args.size else SIZES["nano"]
+    config = _given(
+        module="moe",
+        size=args.size,
+        hidden=hidden if args.hidden is None else args.hidden,
+        depth=depth if args.depth is None else args.depth,
+        n_experts=args.experts,
+        top_k=args.top_k,
+        seed=args.seed,
+    )
+    plan = _plan(args, batch_size=args.batch or (0 if args.data else _RULE_BATCH))
+    if args.data:
+        config["in_dim"] = _samples(args.data, TokitaiMoE)["x"].shape[1]
+    else:
+        plan["rule_seed"] = args.seed or 0
+    clear_start(args.output)  # refused before the weights are drawn, not after
+    given = _given(lr=args.lr, aux_weight=args.aux_weight)
+    options = TokitaiTrainerOptions(
+        schedule="cosine",
+        warmup_steps=min(10, plan["steps"] - 1),
+        total_steps=plan["steps"],
+        **given,
+    )
+    trainer = TokitaiTrainer(TokitaiMoE(config), options)
+    run = RunFolder.create(args.output, trainer.model)
+    return _train_samples(run, trainer, plan, stop=stop, quiet=quiet)
+
+
+def _plan(args: argparse.Namespace, *, batch_size: int) -> dict[str, Any]:
+    return {
+        "steps": args.steps or _STEPS,
+        "batch_size": batch_size,
+        "data": str(args.data.resolve()) if args.data else None,
+    }
 
 
 def _train_samples(
@@ -172,33 +228,52 @@ def _train_samples(
     stop: threading.Event,
     quiet: bool,
 ) -> TrainingResult:
-    moe = isinstance(trainer, MoeTrainer)
-    arrays = _samples(Path(plan["data"]), "moe" if moe else "limbic")
-    count = len(arrays["x"])
-    size = min(plan["batch_size"] or count, count)
-
-    def batch_of(step: int) -> MoeBatch | LimbicBatch:
-        # Slices in order, wrapping round: a pure function of the step.
-        rows = (np.arange(size) + (step - 1) * size) % count
-        part = {name: array[rows] for name, array in arrays.items()}
-        return MoeBatch(**part) if moe else LimbicBatch(**part)
-
     steps = plan["steps"]
     with training_progress(steps, done=trainer.steps, unit="samples", quiet=quiet) as on_step:
         return run_training(
             run,
             trainer,
-            batch_of,
+            _batches(type(trainer.model), trainer.model.config, plan),
             steps=steps,
             plan=plan,
             checkpoint_every=_CHECKPOINT_EVERY,
+            evaluate=_evaluation(trainer, plan),
             on_step=on_step,
             stop=stop,
         )
 
 
-def _samples(path: Path, family: str) -> dict[str, Any]:
-    names = ("x", "target") if family == "moe" else ("x", "state", "delta", "reward")
+def _evaluation(trainer: AnyTrainer, plan: Mapping[str, Any]) -> Callable[[], float] | None:
+    """The loss on samples of the built-in rule that no step trains on."""
+    if plan["data"] is not None:
+        return None
+    assert isinstance(trainer, TokitaiTrainer)
+    held_out = rule_batch(trainer.model.config, _HELD_OUT, plan["rule_seed"], 0)
+    return partial(trainer.evaluate, held_out)
+
+
+def _batches(
+    model: type[FamilyModel], config: Mapping[str, Any], plan: Mapping[str, Any]
+) -> Callable[[int], Any]:
+    """The batch of each step: a pure function of its number."""
+    size = plan["batch_size"]
+    if plan["data"] is None:
+        return partial(rule_batch, config, size, plan["rule_seed"])
+    arrays = _samples(Path(plan["data"]), model)
+    count = len(arrays["x"])
+    size = min(size or count, count)
+    _, batch = _SAMPLES[model.family]
+
+    def batch_of(step: int) -> Any:
+        # Slices in order, wrapping round.
+        rows = (np.arange(size) + (step - 1) * size) % count
+        return batch(**{name: array[rows] for name, array in arrays.items()})
+
+    return batch_of
+
+
+def _samples(path: Path, model: type[FamilyModel]) -> dict[str, Any]:
+    names, _ = _SAMPLES[model.family]
     arrays = read_arrays(path)
     if set(arrays) != set(names):
         raise InputError(
@@ -209,7 +284,7 @@ def _samples(path: Path, family: str) -> dict[str, Any]:
         if array.dtype.kind not in "fiu":
             raise InputError(f"{path}: {name}: expected numbers, found {array.dtype}")
         # Of the right rank before all, so that x, the first, has a length to compare with.
-        right = array.ndim == (1 if name == "reward" else 2) and array.size > 0
+        right = array.ndim == (1 if name in _VECTORS else 2) and array.size > 0
         if not right or len(array) != len(arrays["x"]):
             raise InputError(f"{path}: {name}: found shape {array.shape}, which does not fit")
     return {name: arrays[name] for name in names}

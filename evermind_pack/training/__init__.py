@@ -1,4 +1,4 @@
-"""Trainers for the Evermind families, run folders that can be resumed, and text corpora.
+"""Trainers, run folders that can be resumed, and text corpora.
 
 Nothing here prints: progress goes to an `on_step` callback.
 """
@@ -23,10 +23,18 @@ from .optimizer import OptimizerOptions, learning_rate
 from .peer_precision import PeerLossScaler, PeerMixedTrainer
 from .presets import LanguagePreset, python_demo
 from .run_folder import RunFolder
+from .tokitai_trainer import (
+    RULE_CLASSES,
+    TokitaiBatch,
+    TokitaiTrainer,
+    TokitaiTrainerOptions,
+    rule_batch,
+)
 from .trainer import StepReport, Trainer
 
 __all__ = [
     "LIBRARY_TABLES",
+    "RULE_CLASSES",
     "SKIPPED_FOLDERS",
     "Corpus",
     "DivergedError",
@@ -47,6 +55,9 @@ __all__ = [
     "PeerMixedTrainer",
     "RunFolder",
     "StepReport",
+    "TokitaiBatch",
+    "TokitaiTrainer",
+    "TokitaiTrainerOptions",
     "Trainer",
     "TrainingResult",
     "build_corpus",
@@ -55,6 +66,7 @@ __all__ = [
     "python_demo",
     "read_documents",
     "resume_language_model",
+    "rule_batch",
     "run_training",
     "standard_library",
     "stop_on_interrupt",

@@ -36,6 +36,7 @@ from .limbic_trainer import LimbicTrainer, LimbicTrainerOptions
 from .lm_trainer import LmTrainer, LmTrainerOptions
 from .moe_trainer import MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions
+from .tokitai_trainer import TokitaiTrainer, TokitaiTrainerOptions
 from .trainer import Trainer
 
 CONFIG = "config.json"
@@ -54,6 +55,7 @@ _TRAINERS: dict[str, tuple[type[AnyTrainer], type[OptimizerOptions]]] = {
     "shared-expert-moe": (MoeTrainer, MoeTrainerOptions),
     "evermind-lm": (LmTrainer, LmTrainerOptions),
     "limbic": (LimbicTrainer, LimbicTrainerOptions),
+    "tokitai-moe": (TokitaiTrainer, TokitaiTrainerOptions),
 }
 
 
