@@ -73,7 +73,9 @@ def measure(quick: bool) -> Report:
 
 def decode(threads: int, folder: str, new_tokens: int, rounds: int) -> Seconds:
     """Seconds of generating, the dtypes in turn."""
-    models = {dtype: em.load(Path(folder) / dtype, threads=threads) for dtype in DTYPES}
+    models = {
+        dtype: em.load(Path(folder) / dtype, threads=threads, plan="half") for dtype in DTYPES
+    }
 
     def generate(model: em.Model) -> None:
         list(model.generate([1, 2, 3], max_new_tokens=new_tokens, temperature=1.0))

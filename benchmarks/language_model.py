@@ -18,7 +18,14 @@ from .common import Cell, Report, Seconds, Table, Target, fresh, interleaved, me
 DIMS = {"vocab": 1024, "width": 128, "layers": 4, "experts": 16, "top_k": 2, "hidden": 256}
 PROMPT = [1, 2, 3]
 SEED = 7
-BUDGETS = ("100%", "50%", "25%", "12.5%")
+# How much of the experts may be in memory, and the plan; "pools" hold them all as float32.
+WAYS: dict[str, dict[str, Any]] = {
+    "pools": {"plan": "resident"},
+    "100%": {"plan": "half"},
+    "50%": {"budget": "50%"},
+    "25%": {"budget": "25%"},
+    "12.5%": {"budget": "12.5%"},
+}
 # Logits are of the order of 1; the sides add up in different orders.
 TOLERANCE = 1e-4
 
@@ -60,11 +67,9 @@ def decode_all(
     warnings.simplefilter("ignore", em.PagingWarning)
     tensors = dict(np.load(Path(folder) / "tensors.npz"))
     models = {
-        f"evermind-pack {dtype}, {budget}": em.load(
-            Path(folder) / dtype, budget=budget, threads=threads
-        )
+        f"evermind-pack {dtype}, {way}": em.load(Path(folder) / dtype, threads=threads, **options)
         for dtype in ("f32", "f16")
-        for budget in BUDGETS
+        for way, options in WAYS.items()
     }
     others = {
         "C, fp32": CompiledModel(config, tensors, Path(folder)),
@@ -118,7 +123,7 @@ def _table(found: dict[str, Any], new_tokens: int, threads: int) -> Table:
                 new_tokens / median(values),
                 ratio(values, bound) if bound else None,
                 ratio(seconds[own], values) if own in seconds else None,
-                found["hit rates"].get(name),
+                None if name.endswith("pools") else found["hit rates"].get(name),
             ]
         )
     columns = ["side", "tokens/s", "x C's time", "of its own all-resident speed", "hit rate"]
@@ -155,18 +160,21 @@ def _targets(
     one, two = found[1]["seconds"], found[2]["seconds"]
 
     def fastest(seconds: Seconds) -> str:
-        names = [name for name in seconds if name.endswith("100%")]
+        names = [name for name in seconds if name.endswith(("100%", "pools"))]
         return min(names, key=lambda name: median(seconds[name]))
 
     whole = fastest(one)
     against_c = ratio(one[whole], one["C, fp32"])
-    quarter = {
-        f"{dtype}, {threads} thread{'s' * (threads > 1)}": ratio(
-            seconds[f"evermind-pack {dtype}, 100%"], seconds[f"evermind-pack {dtype}, 25%"]
-        )
-        for dtype in ("f32", "f16")
-        for threads, seconds in ((1, one), (2, two))
-    }
+
+    def quarter(way: str) -> dict[str, float]:
+        return {
+            f"{dtype}, {threads} thread{'s' * (threads > 1)}": ratio(
+                seconds[f"evermind-pack {dtype}, {way}"], seconds[f"evermind-pack {dtype}, 25%"]
+            )
+            for dtype in ("f32", "f16")
+            for threads, seconds in ((1, one), (2, two))
+        }
+
     targets = [
         Target(
             "time per token, all resident, one thread",
@@ -174,11 +182,14 @@ def _targets(
             f"{against_c:.2f} x ({whole})",
             against_c <= 1.6,
         ),
-        Target(
-            "a quarter of the experts, page cache warm",
-            "at least 75 % of its own all-resident tokens/s",
-            ", ".join(f"{share:.0%} ({name})" for name, share in quarter.items()),
-            min(quarter.values()) >= 0.75,
+        *(
+            Target(
+                f"a quarter of the experts, page cache warm, against all resident ({meant})",
+                "at least 75 % of the tokens/s",
+                ", ".join(f"{share:.0%} ({name})" for name, share in quarter(way).items()),
+                min(quarter(way).values()) >= 0.75,
+            )
+            for way, meant in (("100%", "the same graphs"), ("pools", "in float32 pools"))
         ),
     ]
     if "tokens/s" in peer:

@@ -30,19 +30,19 @@ def measure(quick: bool) -> Report:
         for dtype in ("f16",) if quick else ("f32", "f16", "bf16"):
             with tempfile.TemporaryDirectory() as folder:
                 path = package(source, Path(folder) / "package", dtype=dtype)
-                for budget in ("25%", "50%"):
-                    peak, resident, held = fresh(generate, path=path, budget=budget)
+                for budget in ("25%", "50%", None):
+                    peak, resident, held, plan = fresh(generate, path=path, budget=budget)
                     beyond.append(peak - resident - held)
                     rows.append(
                         [
-                            f"{name} {dtype}, {budget}",
+                            f"{name} {dtype}, {budget or 'all'} ({plan})",
                             resident / MIB,
                             held / MIB,
                             peak / MIB,
                             beyond[-1] / MIB,
                         ]
                     )
-    columns = ["experts, budget", "resident part", "budget", "peak RSS", "beyond both"]
+    columns = ["experts, budget", "resident part", "budget or pools", "peak RSS", "beyond both"]
     return Report(
         [Table(f"Peak memory, {PROMPT}-token prompt and {NEW_TOKENS} tokens, MiB", columns, rows)],
         [
@@ -56,14 +56,14 @@ def measure(quick: bool) -> Report:
     )
 
 
-def generate(path: str, budget: str) -> tuple[int, int, int]:
-    """(peak of this process, the package's resident part, the budget), in bytes."""
+def generate(path: str, budget: str | None) -> tuple[int, int, int, str]:
+    """(peak of this process, the package's resident part, the budget) in bytes, and the plan."""
     warnings.simplefilter("ignore", em.PagingWarning)
     with em.load(path, budget=budget) as model:
         list(model.generate(range(PROMPT), max_new_tokens=NEW_TOKENS, temperature=1.0))
         manifest = model.manifest
         resident = manifest.files[manifest.resident].bytes if manifest.resident else 0
-        return peak_bytes(), resident, model.budget
+        return peak_bytes(), resident, model.budget, model.plan.name
 
 
 if __name__ == "__main__":

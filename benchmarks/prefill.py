@@ -76,7 +76,7 @@ def prompt(path: str, rounds: int) -> dict[str, Any]:
     """Seconds of the same chunk with all and a quarter of the experts; both give the same."""
     warnings.simplefilter("ignore", em.PagingWarning)
     tokens = {"tokens": np.random.default_rng(0).integers(0, 1024, TOKENS)}
-    with em.load(path) as whole, em.load(path, budget="25%") as quarter:
+    with em.load(path, plan="half") as whole, em.load(path, budget="25%") as quarter:
         expected, found = whole.forward(tokens), quarter.forward(tokens)
         assert all(np.array_equal(expected[name], found[name]) for name in expected)
         layers = len(whole.manifest.layers)

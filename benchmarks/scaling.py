@@ -42,7 +42,9 @@ def measure(quick: bool) -> Report:
             for n, one in found
         ]
         columns = [what, "experts, MiB", "active, MiB a token", "tokens/s", "active GB/s", "curve"]
-        tables.append(Table(f"All resident, f16, {new_tokens} new tokens", columns, rows))
+        plans = "/".join(sorted({one["plan"] for _, one in found}))
+        title = f"All resident (plan {plans}), {new_tokens} new tokens"
+        tables.append(Table(title, columns, rows))
         spread = min(rates) / max(rates)
         targets.append(
             Target(
@@ -69,6 +71,7 @@ def decode(path: str, new_tokens: int, rounds: int) -> dict[str, Any]:
         resident = manifest.files[manifest.resident].bytes if manifest.resident else 0
         return {
             "speed": speed,
+            "plan": model.plan.name,
             "all": sum(layer.experts * size for layer in manifest.layers),
             "active": routed + resident,
             "rate": speed * (routed + resident),
