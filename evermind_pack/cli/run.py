@@ -13,6 +13,7 @@ from typing import Any
 
 from evermind_manifests.errors import InputError
 from evermind_runtime import Model, PagingWarning, load
+from evermind_runtime.choose_plan import PLAN_NAMES
 
 from .arrays import check_targets, read_arrays, read_states, write_arrays, write_states
 from .introspection import draw_heatmap, print_introspection, write_prometheus
@@ -68,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         type=Path,
         help="what --policy pinned keeps (default: the package's own profile.json)",
+    )
+    parser.add_argument(
+        "--plan",
+        choices=PLAN_NAMES,
+        default="auto",
+        help="how experts are held: all stacked in float32, all as they are stored, or paged "
+        "(default: the fastest that fits)",
     )
     parser.add_argument(
         "--io",
@@ -130,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
                 policy=args.policy,
                 profile=args.profile,
                 io=args.io,
+                plan=args.plan,
                 remote=remote_options(args, prefetch=args.prefetch),
             )
         )
@@ -257,6 +266,8 @@ def _counters(model: Model) -> dict[str, Any]:
         "bytes_read": stats.bytes_read,
         "read_seconds": stats.read_seconds,
         "wait_seconds": stats.wait_seconds,
+        "plan": model.plan.name,
+        "plan_reason": model.plan.reason,
         "io": stats.io,
         "io_note": stats.io_note,
         "peak_resident_expert_bytes": stats.peak_resident_expert_bytes,
@@ -270,6 +281,7 @@ def _counter_rows(model: Model) -> dict[str, str]:
     if not model.manifest.layers:
         return {}
     return {
+        "plan": f"{model.plan.name}: {model.plan.reason}",
         "experts": f"{stats.expert_hits:,} hits, {stats.expert_misses:,} misses "
         f"({stats.hit_rate:.0%} hits)",
         "read": f"{human_bytes(stats.bytes_read)}, {stats.io}; waited {stats.wait_seconds:.2f} s",

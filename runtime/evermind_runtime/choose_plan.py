@@ -17,8 +17,10 @@ from .pools import pool_bytes
 PlanName: TypeAlias = Literal["auto", "resident", "half", "paged"]
 PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
 
-# Up to how many bytes an expert takes in float32 one call per token beats half the bytes.
-_SMALL_EXPERT = 2 * 1024 * 1024
+# Up to how many bytes an expert takes in float32 one call per token beats half the bytes. On one
+# thread, pools ran 1.8, 1.2, 0.9 and 0.9 times as fast as experts in f16 where an expert took
+# 64, 256, 576 and 1024 KiB (BENCHMARKS.md).
+_SMALL_EXPERT = 384 * 1024
 
 
 @dataclass(frozen=True, slots=True)

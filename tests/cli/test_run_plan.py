@@ -1,0 +1,45 @@
+"""`run --plan`: chosen, said aloud, or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evermind_pack.cli import main
+from tests.packages import export, lm_source
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(lm_source(), tmp_path_factory.mktemp("plan") / "p")
+
+
+def run(package: Path, *options: str) -> int:
+    return main(["run", str(package), "--tokens", "1,2,3", "--max-new", "4", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [
+        ((), "resident"),
+        (("--plan", "half"), "half"),
+        (("--budget", "50%"), "paged"),
+        (("--plan", "paged"), "paged"),
+    ],
+)
+def test_the_plan_is_said_aloud(
+    package: Path, options: tuple[str, ...], plan: str, capsys: Any
+) -> None:
+    assert run(package, *options, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["plan"] == plan
+    assert result["plan_reason"]
+    assert result["peak_resident_expert_bytes"] <= result["budget_bytes"]
+    assert run(package, *options) == 0
+    assert f"plan          {plan}: {result['plan_reason']}" in capsys.readouterr().err
+
+
+def test_a_plan_without_room_is_refused(package: Path, capsys: Any) -> None:
+    assert run(package, "--plan", "resident", "--budget", "50%") == 2
+    assert "plan: 'resident' takes" in capsys.readouterr().err
