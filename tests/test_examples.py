@@ -1,4 +1,4 @@
-"""Examples that finish in a few seconds run as they stand."""
+"""Examples that finish in a few seconds run, as they stand or at a small size."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["tokitai_classifier.py"])
-def test_an_example_runs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["tokitai_classifier.py"], ["loss "]),
+        (
+            ["synapse_language_model.py", "--steps", "8", str(ROOT / "README.md")],
+            ["valid: True (checked: structure, files, deep, run)", "layer 1: balance"],
+        ),
+    ],
+)
+def test_an_example_runs(command: list[str], shown: list[str], tmp_path: Path) -> None:
+    name, *arguments = command
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("loss ")
+    for text in shown:
+        assert text in done.stdout

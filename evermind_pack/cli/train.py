@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   evermind-pack train lm --stdlib -o runs/python --steps 400
   evermind-pack train lm --corpus books/ notes.txt --vocab 256 -o runs/books
+  evermind-pack train synapse --stdlib -o runs/synapse --steps 400
   evermind-pack train moe --data samples.npz -o runs/layer --experts 16 --top-k 2
   evermind-pack train limbic --data episodes.npz -o runs/mood --steps 200
   evermind-pack train tokitai -o runs/quality --size nano --steps 300
   evermind-pack train --resume runs/python"""
 
-FAMILIES = ("lm", "moe", "limbic", "tokitai")
+FAMILIES = ("lm", "synapse", "moe", "limbic", "tokitai")
 _INTERRUPTED = 130
 
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=positive_int, help="experts a token is routed to")
     parser.add_argument("--hidden", type=positive_int, help="an expert's hidden width")
     parser.add_argument("--aux-weight", type=float, help="weight of the load-balancing loss")
-    text = parser.add_argument_group("lm")
+    text = parser.add_argument_group("lm, synapse")
     text.add_argument(
         "--corpus", metavar="PATH", nargs="+", type=Path, help="text files, or folders of them"
     )
@@ -50,15 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stdlib", action="store_true", help="train on Python's own standard library"
     )
     text.add_argument(
-        "--vocab", type=positive_int, help="256 for bytes, more for byte-level BPE (default: 1024)"
+        "--vocab",
+        type=positive_int,
+        help="256 for bytes, more for byte-level BPE (default: 1024; synapse: 256)",
     )
     text.add_argument(
         "--max-bytes", type=positive_int, help="of corpus to read (default: 3,000,000)"
     )
-    text.add_argument("--layers", type=positive_int, help="layers (default: 4)")
-    text.add_argument("--d-model", type=positive_int, help="width (default: 128)")
-    text.add_argument("--conv", type=positive_int, help="tokens a convolution sees (default: 8)")
-    text.add_argument("--window", type=positive_int, help="tokens per sequence (default: 128)")
+    text.add_argument("--layers", type=positive_int, help="layers (default: 4; synapse: 2)")
+    text.add_argument("--d-model", type=positive_int, help="width (default: 128; synapse: 64)")
+    text.add_argument(
+        "--conv", type=positive_int, help="tokens a convolution sees (default: 8; lm only)"
+    )
+    text.add_argument(
+        "--window", type=positive_int, help="tokens per sequence (default: 128; synapse: 48)"
+    )
     tokitai = parser.add_argument_group("tokitai")
     tokitai.add_argument(
         "--size", choices=("nano", "tiny", "medium", "full"), help="a preset (default: nano)"

@@ -36,7 +36,7 @@ from ..training import (
     standard_library,
     train_language_model,
 )
-from ..training.presets import LanguagePreset, python_demo
+from ..training.presets import LanguagePreset, python_demo, synapse_demo
 from ..training.run_folder import AnyTrainer, clear_start
 from .arrays import read_arrays
 from .terminal import remark
@@ -54,15 +54,38 @@ _SAMPLES: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     TokitaiMoE.family: (("x", "label"), TokitaiBatch),
 }
 _VECTORS = ("reward", "label")
+_PRESETS: dict[str, Callable[..., LanguagePreset]] = {"lm": python_demo, "synapse": synapse_demo}
+# Options of `train` and what the families' configurations call them.
+_CONFIG_NAMES = {
+    "lm": {
+        "d_model": "dModel",
+        "layers": "numLayers",
+        "conv": "convKernel",
+        "hidden": "hiddenDim",
+        "experts": "numExperts",
+        "top_k": "topK",
+        "seed": "seed",
+    },
+    "synapse": {
+        "d_model": "d_model",
+        "layers": "n_layers",
+        "hidden": "d_expert",
+        "experts": "n_experts",
+        "top_k": "top_k",
+        "seed": "seed",
+    },
+}
 
 
 def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingResult:
     """Begin the run that the arguments of `train` describe."""
     quiet = args.quiet or args.json
-    if args.family == "lm":
+    if args.family in _PRESETS:
         if args.stdlib == bool(args.corpus):
-            raise InputError("lm needs a corpus: --corpus PATH …, or --stdlib")
+            raise InputError(f"{args.family} needs a corpus: --corpus PATH …, or --stdlib")
         _refuse(args, "data", "size", "depth")
+        if args.family == "synapse":
+            _refuse(args, "conv")
         for path in args.corpus or ():
             if not path.exists():
                 raise InputError(f"--corpus: {path}: there is no such folder or file")
@@ -106,22 +129,25 @@ def train_lm(
     corpus = _corpus(source, quiet)
     with training_progress(plan.steps, quiet=quiet) as on_step:
         return train_language_model(
-            folder, corpus, preset.config, preset.options, plan, on_step=on_step, stop=stop
+            folder,
+            corpus,
+            preset.config,
+            preset.options,
+            plan,
+            family=preset.family,
+            on_step=on_step,
+            stop=stop,
         )
 
 
 def _language_preset(args: argparse.Namespace) -> LanguagePreset:
-    """The demo's settings, with what the arguments say instead."""
-    base = python_demo(args.steps or python_demo().plan.steps)
-    config = _given(
-        dModel=args.d_model,
-        numLayers=args.layers,
-        convKernel=args.conv,
-        hiddenDim=args.hidden,
-        numExperts=args.experts,
-        topK=args.top_k,
-        seed=args.seed,
-    )
+    """The family's demo settings, with what the arguments say instead."""
+    demo = _PRESETS[args.family]
+    base = demo(args.steps or demo().plan.steps)
+    names = _CONFIG_NAMES[args.family]
+    config = {
+        names[option]: value for option in names if (value := getattr(args, option)) is not None
+    }
     plan = _given(batch_size=args.batch, window=args.window, seed=args.seed)
     source = {"paths": [str(path.resolve()) for path in args.corpus or ()]}
     return dataclasses.replace(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import FamilyModel
+from .base import FamilyModel, LanguageModel
 from .evermind_lm import EvermindLM, LmOutput
 from .generate import generate
 from .initial import initial_tensors
@@ -27,6 +27,7 @@ __all__ = [
     "AtomeLmModel",
     "EvermindLM",
     "FamilyModel",
+    "LanguageModel",
     "LimbicModel",
     "LimbicOutput",
     "LmOutput",

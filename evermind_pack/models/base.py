@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -15,6 +16,7 @@ from evermind_manifests.errors import CheckpointError, InputError
 from torch import Tensor, nn
 
 from .initial import initial_tensors
+from .moe_layer import Routes
 
 Array = npt.NDArray[Any]
 # Inputs, in the order of `FamilyModel.inputs`, to outputs and the routes' margin, in float64.
@@ -93,6 +95,33 @@ class FamilyModel(nn.Module):
             self.load_state_dict(state)
         except RuntimeError as error:
             raise CheckpointError(f"{self.family} tensors: {error}") from error
+
+
+class LanguageModel(FamilyModel):
+    """A model of token sequences with routed experts: what `LmTrainer` trains."""
+
+    @classmethod
+    @abstractmethod
+    def with_vocabulary(cls, config: Mapping[str, Any], size: int) -> Self:
+        """A fresh model of `config` for a vocabulary of `size` tokens."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    @abstractmethod
+    def experts(self) -> int:
+        """Experts in each layer."""
+
+    @abstractmethod
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, tuple[Routes, ...]]:
+        """`tokens` (B, T) int64 → what `head` takes (B, T, D), and each layer's routes."""
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """(…, D) → logits (…, V)."""
 
 
 class EvermindModel(FamilyModel):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, embedding, linear, pad
 
-from .base import Array, EvermindModel, token_row
+from .base import Array, EvermindModel, LanguageModel, token_row
 from .moe_layer import MoeLayer, MoeOutput, Routes
 
 RMS_EPS = 1e-5
@@ -27,7 +27,7 @@ class LmOutput(NamedTuple):
     routes: tuple[Routes, ...]
 
 
-class EvermindLM(EvermindModel):
+class EvermindLM(EvermindModel, LanguageModel):
     """`tokens` (B, T) int64 → `LmOutput`; position t sees tokens 0…t.
 
     `config`: `vocabSize`, `dModel`, `numLayers`, `convKernel`, `hiddenDim`, `numExperts`,
@@ -41,6 +41,21 @@ class EvermindLM(EvermindModel):
         config = self.config
         self.token_embedding = Weight(config["vocabSize"], config["dModel"])
         self.layers = nn.ModuleList(Layer(config) for _ in range(config["numLayers"]))
+
+    @classmethod
+    def with_vocabulary(cls, config: Mapping[str, Any], size: int) -> EvermindLM:
+        """See `LanguageModel.with_vocabulary`."""
+        return cls({**config, "vocabSize": size})
+
+    @property
+    def vocabulary(self) -> int:
+        """See `LanguageModel.vocabulary`."""
+        return int(self.config["vocabSize"])
+
+    @property
+    def experts(self) -> int:
+        """See `LanguageModel.experts`."""
+        return int(self.config["numExperts"])
 
     def forward(self, tokens: Tensor) -> LmOutput:
         """Logits of every position; token ids must be below `vocabSize`."""
@@ -62,8 +77,7 @@ class EvermindLM(EvermindModel):
 
     def run(self, *inputs: Array) -> dict[str, Tensor]:
         """`tokens` (T,) integers → `logits` (T, V), and `ids.{l}`, `gates.{l}` (T, K)."""
-        (tokens,), vocabulary = inputs, self.config["vocabSize"]
-        logits, routes = self(token_row(tokens, vocabulary))
+        logits, routes = self(token_row(inputs[0], self.vocabulary))
         outputs = {"logits": logits[0]}
         for layer, taken in enumerate(routes):
             outputs |= {f"ids.{layer}": taken.experts[0], f"gates.{layer}": taken.gates[0]}

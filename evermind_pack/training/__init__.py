@@ -21,7 +21,7 @@ from .loop import DivergedError, TrainingResult, run_training, stop_on_interrupt
 from .moe_trainer import MoeBatch, MoeEpoch, MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions, learning_rate
 from .peer_precision import PeerLossScaler, PeerMixedTrainer
-from .presets import LanguagePreset, python_demo
+from .presets import LanguagePreset, python_demo, synapse_demo
 from .run_folder import RunFolder
 from .tokitai_trainer import (
     RULE_CLASSES,
@@ -71,5 +71,6 @@ __all__ = [
     "standard_library",
     "stop_on_interrupt",
     "stream_windows",
+    "synapse_demo",
     "train_language_model",
 ]

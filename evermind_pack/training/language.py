@@ -10,7 +10,7 @@ from typing import Any
 
 from evermind_manifests.errors import CheckpointError, ConfigError
 
-from ..models import EvermindLM
+from ..models import EvermindLM, LanguageModel, model_type
 from .corpus import Corpus, stream_windows
 from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
 from .loop import TrainingResult, run_training
@@ -50,11 +50,18 @@ def train_language_model(
     options: LmTrainerOptions,
     plan: LanguagePlan,
     *,
+    family: str = EvermindLM.family,
     on_step: Callable[[StepReport], None] | None = None,
     stop: threading.Event | None = None,
 ) -> TrainingResult:
-    """Start a run in a new folder. `config` is the model's; its vocabulary is the corpus's."""
-    model = EvermindLM({**config, "vocabSize": corpus.vocab_size})
+    """Start a run in a new folder. `config` is the model's; its vocabulary is the corpus's.
+
+    Raises `ConfigError` for a `family` that is no language model's.
+    """
+    kind = model_type(family, {"module": "model"})
+    if not issubclass(kind, LanguageModel):
+        raise ConfigError(f"family: expected a language model's, found {family!r}")
+    model = kind.with_vocabulary(config, corpus.vocab_size)
     run = RunFolder.create(folder, model, corpus.tokenizer)
     return _train(run, LmTrainer(model, options), corpus, plan, on_step, stop)
 
@@ -75,7 +82,7 @@ def resume_language_model(
     trainer = run.restore()
     if not isinstance(trainer, LmTrainer):
         raise CheckpointError(
-            f"{folder}: family: expected 'evermind-lm', found {trainer.model.family!r}"
+            f"{folder}: family: expected a language model's, found {trainer.model.family!r}"
         )
     plan, digest = _read_plan(run)
     if digest != corpus.sha256:

@@ -1,4 +1,4 @@
-"""Next-token training of the language model, a batch of sequences a step.
+"""Next-token training of a language model, a batch of sequences a step.
 
 Source: specs/evermind-formats.md, sections 9.1 and 9.2. A batch of n sequences is what the
 peer reaches by accumulating n. Unlike the peer's, this trainer balances its routers.
@@ -17,7 +17,7 @@ from evermind_manifests.errors import InputError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..models import EvermindLM
+from ..models import LanguageModel
 from .balance import load_balance_loss, peak_load
 from .optimizer import OptimizerOptions
 from .trainer import Losses, Trainer
@@ -38,7 +38,7 @@ class LmTrainerOptions(OptimizerOptions):
     batch_size: int = 1
 
 
-class LmTrainer(Trainer[EvermindLM, LmTrainerOptions, LmBatch]):
+class LmTrainer(Trainer[LanguageModel, LmTrainerOptions, LmBatch]):
     """Cross-entropy averaged within each sequence, then over sequences, plus balancing."""
 
     def losses(self, batch: LmBatch) -> Losses:
@@ -53,7 +53,7 @@ class LmTrainer(Trainer[EvermindLM, LmTrainerOptions, LmBatch]):
         nll = cross_entropy(self.model.head(hidden[mask]), tokens[:, 1:][mask], reduction="none")
         weights = mask.double() / (mask.sum(dim=1, keepdim=True) * len(mask))
         loss = torch.dot(nll, weights[mask].to(nll))
-        total = self.model.config["numExperts"]
+        total = self.model.experts
         chosen = [taken.experts[mask] for taken in routes]
         aux = torch.stack(
             [
@@ -92,9 +92,9 @@ class LmTrainer(Trainer[EvermindLM, LmTrainerOptions, LmBatch]):
         tokens = np.zeros((len(usable), lengths.max()), dtype=np.int64)
         for row, sequence in zip(tokens, usable, strict=True):
             row[: len(sequence)] = sequence
-        vocabulary = self.model.config["vocabSize"]
+        vocabulary = self.model.vocabulary
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise InputError(f"batch: expected token ids from 0 to {vocabulary - 1}")
         mask = np.arange(tokens.shape[1] - 1) < (lengths - 1)[:, None]
-        device = self.model.token_embedding.weight.device
+        device = next(self.model.parameters()).device
         return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)

@@ -1,4 +1,4 @@
-"""Ready-made settings: a language model that learns to write Python in about 90 seconds."""
+"""Ready-made settings for language models: Evermind's and Synapse's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .lm_trainer import LmTrainerOptions
 class LanguagePreset:
     """Settings for a corpus (`corpus`) and for `train_language_model` (the rest)."""
 
+    family: str
     corpus_bytes: int
     suffixes: tuple[str, ...]
     skip_folders: frozenset[str]
@@ -35,6 +36,44 @@ class LanguagePreset:
         return build_corpus(documents, vocab_size=self.vocab_size)
 
 
+def synapse_demo(steps: int = 400) -> LanguagePreset:
+    """A small Synapse model of bytes, for `standard_library()`.
+
+    Its recurrences run token by token in torch, hence the short windows. Gradients are clipped:
+    the gates are exponentials.
+    """
+    return LanguagePreset(
+        family="synapse",
+        corpus_bytes=3_000_000,
+        suffixes=(".py",),
+        skip_folders=SKIPPED_FOLDERS | LIBRARY_TABLES,
+        vocab_size=256,
+        config={
+            "d_model": 64,
+            "n_layers": 2,
+            "n_experts": 8,
+            "top_k": 2,
+            "d_expert": 128,
+            "d_xlstm_hidden": 64,
+            "n_xlstm_heads": 4,
+            "n_memory_heads": 2,
+            "d_memory": 16,
+            "d_state": 8,
+        },
+        options=LmTrainerOptions(
+            lr=0.002,
+            beta2=0.99,
+            weight_decay=0.01,
+            schedule="cosine",
+            warmup_steps=min(20, steps - 1),
+            total_steps=steps,
+            max_grad_norm=1.0,
+            aux_weight=0.01,
+        ),
+        plan=LanguagePlan(steps=steps, batch_size=8, window=48),
+    )
+
+
 def python_demo(steps: int = 700) -> LanguagePreset:
     """4.6 million parameters, of which a token uses 0.9 million, for `standard_library()`.
 
@@ -42,6 +81,7 @@ def python_demo(steps: int = 700) -> LanguagePreset:
     some layer for the first hundred steps, at 0 for good; at 0.05 the loss is the same.
     """
     return LanguagePreset(
+        family="evermind-lm",
         corpus_bytes=3_000_000,
         suffixes=(".py",),
         skip_folders=SKIPPED_FOLDERS | LIBRARY_TABLES,

@@ -56,6 +56,7 @@ _TRAINERS: dict[str, tuple[type[AnyTrainer], type[OptimizerOptions]]] = {
     "evermind-lm": (LmTrainer, LmTrainerOptions),
     "limbic": (LimbicTrainer, LimbicTrainerOptions),
     "tokitai-moe": (TokitaiTrainer, TokitaiTrainerOptions),
+    "synapse": (LmTrainer, LmTrainerOptions),
 }
 
 
@@ -138,6 +139,7 @@ class RunFolder:
         folder = self.latest()
         config = _read_json(self.path / CONFIG)
         family = config.pop("family", None)
+        config.pop("vocabulary", None)  # the tokenizer's, not the model's
         if family not in _TRAINERS:
             raise CheckpointError(f"{self.path / CONFIG}: family: found {family!r}")
         record = _read_json(folder / TRAINER)

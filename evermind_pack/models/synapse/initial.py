@@ -1,8 +1,10 @@
 """Weights of a fresh Synapse model or module.
 
-As the published Python model's (specs/synapse.md, section 3), but for two: biases of the
-convolution begin at 0, and those of the forget gates at -1. At the seed's 0 or 1 the memory of
-a fresh model grows until float32 cannot hold it (section 4).
+As the published Python model's (specs/synapse.md, section 3), but for biases of the
+convolution, which begin at 0, and the forget gates: their bias begins at -1 and their weights a
+tenth as large. At the seed's 0 or 1 the memory of a fresh model grows until float32 cannot hold
+it (section 4), and with large weights any token that repeats itself has the same effect: 48
+spaces in a row were enough for gradients that are not finite.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from evermind_exporters.families.synapse.params import Shape, synapse_shapes
 Tensor = npt.NDArray[np.float32]
 
 _FORGET_BIAS = -1.0
+_FORGET_SCALE = 0.1
 _EMBEDDING_STD = 0.02
 
 
@@ -42,4 +45,6 @@ def _draw(rng: np.random.Generator, name: str, shape: Shape) -> npt.NDArray[Any]
         bound = 1 / math.sqrt(shape[2])
     else:  # Xavier
         bound = math.sqrt(6 / (shape[0] + shape[1]))
+        if owner.endswith("w_f"):
+            bound *= _FORGET_SCALE
     return rng.uniform(-bound, bound, shape)

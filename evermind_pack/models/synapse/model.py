@@ -15,7 +15,7 @@ from evermind_exporters.families.synapse.params import fast_weights_of, xlstm_of
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from ..base import Array, FamilyModel, token_row
+from ..base import Array, LanguageModel, token_row
 from ..moe_layer import Routes
 from .experts import ExpertPool
 from .fast_weights import FastWeights
@@ -81,7 +81,7 @@ class Layer(nn.Module):
         return x, routes, LayerState(cell, mamba, memory)
 
 
-class SynapseModel(FamilyModel):
+class SynapseModel(LanguageModel):
     """`tokens` (B, T) int64 → logits (B, T, V), each sequence from a fresh state.
 
     `config`: see `evermind_exporters.families.synapse.params`.
@@ -94,6 +94,21 @@ class SynapseModel(FamilyModel):
     def initial(cls, config: Mapping[str, Any]) -> Mapping[str, npt.NDArray[np.float32]]:
         """See `FamilyModel.initial`."""
         return initial_weights(config)
+
+    @classmethod
+    def with_vocabulary(cls, config: Mapping[str, Any], size: int) -> SynapseModel:
+        """See `LanguageModel.with_vocabulary`."""
+        return cls({**config, "vocab_size": size})
+
+    @property
+    def vocabulary(self) -> int:
+        """See `LanguageModel.vocabulary`."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def experts(self) -> int:
+        """See `LanguageModel.experts`."""
+        return int(self.config["n_experts"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position; token ids must be below `vocab_size`."""
@@ -123,8 +138,7 @@ class SynapseModel(FamilyModel):
 
     def run(self, *inputs: Array) -> dict[str, Tensor]:
         """`tokens` (T,) integers → `logits` (T, V), and `ids.{l}`, `gates.{l}` (T, K)."""
-        (tokens,), vocabulary = inputs, self.config["vocab_size"]
-        hidden, routes = self.hidden(token_row(tokens, vocabulary))
+        hidden, routes = self.hidden(token_row(inputs[0], self.vocabulary))
         outputs = {"logits": self.head(hidden)[0]}
         for layer, taken in enumerate(routes):
             outputs |= {f"ids.{layer}": taken.experts[0], f"gates.{layer}": taken.gates[0]}
