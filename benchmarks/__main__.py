@@ -30,6 +30,7 @@ NAMES = (
     "opening",
     "export",
     "scaling",
+    "tokitai",
 )
 NOTEBOOK = ROOT / "BENCHMARKS.md"
 

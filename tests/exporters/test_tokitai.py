@@ -169,6 +169,24 @@ def test_the_kept_mass_is_not_renormalised(tmp_path: Path) -> None:
     assert (weights.sum(-1) < 0.999).any()
 
 
+def test_introspection_tells_kept_mass_top_weight_and_entropy(tmp_path: Path) -> None:
+    source = random_model({"size": "nano"})
+    x = np.random.default_rng(5).normal(size=(12, 96)).astype(np.float32)
+    x[0] *= 1000  # certain: all other probabilities are 0
+    with evermind_runtime.load(export(source, tmp_path / "p")) as model:
+        model.observe()
+        weights = model.forward({"x": x})["router_weights"]
+        seen = model.introspect().observations
+        # A gate of 0 is no use of an expert.
+        assert sum(expert.tokens for expert in model.introspect().layers[0].experts) == 23
+    p = seen["probabilities.0"].astype(np.float64)
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+    assert entropy[0] < 1e-6 < entropy[1:].min()
+    np.testing.assert_allclose(seen["entropy.0"], entropy, atol=1e-5)
+    np.testing.assert_allclose(seen["kept_mass.0"], weights.sum(-1), atol=1e-6)
+    np.testing.assert_allclose(seen["top_weight.0"], weights.max(-1), atol=1e-6)
+
+
 def test_ties_go_to_the_lower_index(tmp_path: Path) -> None:
     source = random_model({"hidden": 8, "depth": 0})
     tensors = {**source.tensors}
@@ -389,6 +407,7 @@ def test_large_experts_are_exported_and_run_in_little_memory(tmp_path: Path) -> 
         assert opened.manifest.parameters.total == 84_984_276
     assert expert > 42_000_000
     assert peak < 1.5 * expert + 300e6
+    assert validate(package, deep=True, run=parity_problems).problems == ()
 
     x = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
     np.savez(tmp_path / "x.npz", x=x)

@@ -162,9 +162,10 @@ def write_tiny(
     manifest: Manifest | None = None,
     graphs: dict[str, bytes] | None = None,
     shard: Callable[[int, int], bytes] = tiny_shard,
+    writer_type: type[PackageWriter] = PackageWriter,
 ) -> str:
     """Write the package; gives its digest. `graphs` replaces some of the graphs."""
-    with PackageWriter(destination, layout=layout, overwrite=overwrite) as writer:
+    with writer_type(destination, layout=layout, overwrite=overwrite) as writer:
         for path, data in (tiny_graphs() | (graphs or {})).items():
             writer.add_file(path, data)
         writer.add_file("graphs/resident.safetensors", tiny_resident())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,28 @@ def test_a_destination_without_a_name(tmp_path: Path) -> None:
 def test_the_exchange_is_there_on_this_system() -> None:
     """Otherwise the tests above would only ever see the fallback."""
     assert getattr(ctypes.CDLL(None), "renameat2", None) is not None
+
+
+@pytest.mark.parametrize("layout", ["files", "pool"])
+def test_a_shard_in_parts_is_the_shard_whole(tmp_path: Path, layout: Any) -> None:
+    whole = write_tiny(tmp_path / "whole", layout=layout)
+
+    class InParts(PackageWriter):
+        def add_shard(self, layer: int, expert: int, data: Any) -> None:
+            cuts = [0, len(data) // 2, len(data) // 2 + 1, len(data)]
+            parts = (data[a:b] for a, b in pairwise(cuts))
+            self.stream_shard(layer, expert, parts, len(data))
+
+    assert write_tiny(tmp_path / "parts", layout=layout, writer_type=InParts) == whole
+
+
+@pytest.mark.parametrize("layout", ["files", "pool"])
+def test_parts_of_another_length_are_refused(tmp_path: Path, layout: Any) -> None:
+    data = tiny_shard(0, 0)
+    for parts in ((data[:-64], data[-63:]), (data, bytes(64))):
+        with (
+            pytest.raises(ExportError, match=f"layer 0 expert 0: expected {len(data):,} bytes"),
+            PackageWriter(tmp_path / "p", layout=layout) as writer,
+        ):
+            writer.stream_shard(0, 0, iter(parts), len(data))
+        assert listing(tmp_path) == []

@@ -24,6 +24,7 @@ MAGIC: Final = b"TKP1"
 VERSION: Final = 1
 # A parameter without name, weights and gradient: four counts, a step and a byte.
 _LEAST_BYTES: Final = 21
+_MAX_PARAMETERS: Final = 1_000_000
 _MAX_NAME_BYTES: Final = 4096
 _MAX_TEXT_BYTES: Final = 16 * 1024 * 1024
 
@@ -59,10 +60,9 @@ class Tkp1File(Mapping[str, npt.NDArray[np.float32]]):
         self.step = cursor.u32("step")
         parameters = cursor.u32("parameter count")
         self.configuration = cursor.text("configuration", _MAX_TEXT_BYTES)
-        if parameters * _LEAST_BYTES > cursor.left:
-            cursor.refuse(
-                "parameter count", f"at most {cursor.left // _LEAST_BYTES:,}", f"{parameters:,}"
-            )
+        most = min(cursor.left // _LEAST_BYTES, _MAX_PARAMETERS)
+        if parameters > most:
+            cursor.refuse("parameter count", f"at most {most:,}", f"{parameters:,}")
         self._places: dict[str, _Place] = {}
         for number in range(parameters):
             self._read_parameter(cursor, f"parameter {number}")

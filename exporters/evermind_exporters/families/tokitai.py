@@ -44,6 +44,8 @@ KIND: Final = "layernorm-mlp"
 # size → (hidden, depth); section 1.
 SIZES: Final = {"nano": (128, 2), "tiny": (2048, 5), "medium": (4096, 5), "full": (4096, 12)}
 _USUAL: Final = {"in_dim": 96, "out_dim": 20, "n_experts": 4, "top_k": 2}
+# Of each row's routing, for introspection (section 4).
+_STATISTICS: Final = ("kept_mass", "top_weight", "entropy")
 _ASSUMED: Final = ("gelu", "layer_norm_eps", "layer_norm_variance", "ties")
 _MAX_TENSORS: Final = 1_000_000
 _LINEAR: Final = re.compile(r"experts\.0\.linears\.(\d+)\.weight")
@@ -169,7 +171,7 @@ class TokitaiMoe(ModelFamily):
         b.output(y, "y", "f32", [1, out])
         graphs = {"graphs/router.onnx": _router(config, resident), "graphs/experts.onnx": b.build()}
 
-        values = {name: f"{name}.0" for name in ("ids", "gates", "probabilities")}
+        values = {name: f"{name}.0" for name in ("ids", "gates", "probabilities", *_STATISTICS)}
         router = GraphStep(
             graph="graphs/router.onnx",
             inputs={"x": "x"},
@@ -198,7 +200,10 @@ class TokitaiMoe(ModelFamily):
                     experts=FusedExperts(layer=0, ids="ids.0", gates="gates.0"),
                 ),
             ),
-            observations={"probabilities.0": scores},
+            observations={
+                "probabilities.0": scores,
+                **{f"{name}.0": ValueSpec(dtype="f32", shape=("T",)) for name in _STATISTICS},
+            },
             routers=(
                 Router(layer=0, ids="ids.0", gates="gates.0", probabilities="probabilities.0"),
             ),
@@ -298,7 +303,21 @@ def _router(config: Config, resident: Mapping[str, ExternalTensor]) -> bytes:
     b.output(gates, "gates", "f32", ["T", top_k])
     b.output(p, "probabilities", "f32", ["T", experts])
     b.output(masked, "router_weights", "f32", ["T", experts])
+    statistics = {
+        "kept_mass": b.op("ReduceSum", gates, b.const([-1]), keepdims=0),
+        "top_weight": b.op("ReduceMax", gates, b.const([-1]), keepdims=0),
+        "entropy": _entropy(b, p),
+    }
+    for name in _STATISTICS:
+        b.output(statistics[name], name, "f32", ["T"])
     return b.build()
+
+
+def _entropy(b: GraphBuilder, p: str) -> str:
+    """`-sum p log p` of each row, in nats; a probability of 0 adds 0."""
+    logarithm = b.op("Log", b.op("Max", p, b.const(np.finfo(np.float32).tiny, np.float32)))
+    total = b.op("ReduceSum", b.op("Mul", p, logarithm), b.const([-1]), keepdims=0)
+    return str(b.op("Neg", total))
 
 
 def _layout(config: Config, dtype: DType) -> ShardLayout:
