@@ -31,6 +31,7 @@ NAMES = (
     "export",
     "scaling",
     "tokitai",
+    "synapse",
 )
 NOTEBOOK = ROOT / "BENCHMARKS.md"
 

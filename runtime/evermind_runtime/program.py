@@ -149,7 +149,7 @@ def needed_steps(
             kept.append(step)
             needed.update(step.inputs.values())
             if step.experts:
-                needed.add(step.experts.ids)
+                needed |= {step.experts.ids, *([step.experts.gates] if step.experts.gates else [])}
     return kept[::-1]
 
 
