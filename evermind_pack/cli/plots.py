@@ -114,17 +114,22 @@ def plot_speeds(
     )
     _mark_cycle(axes, cycle)
     axes.set(xlabel="budget, % of all experts", ylabel="tokens/s", title=title)
-    ticks = sorted({round(100 * share, 1) for share, *_ in points})
+    shares = [share for share, *_ in points]
+    # The ends too, where their numbers do not run into others.
+    ends = (forecast[0][0], forecast[-1][0])
+    shares += [end for end in ends if all(not 0.8 < end / share < 1.25 for share in shares)]
+    ticks = sorted({round(100 * share, 1) for share in shares})
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.minorticks_off()
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="best", fontsize=8)
+    # Below the axes, where it hides nothing.
+    figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path)
 
 

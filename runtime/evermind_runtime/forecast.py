@@ -26,6 +26,8 @@ REPETITION: Final = 0.7
 # One graph run on small matrices, with what Python does around it, takes as long as this many
 # small numpy calls: 80 µs where one takes 0.33 µs (docs/planning.md).
 GRAPH_RUN_CALLS: Final = 250
+# One page-in beside its read: bookkeeping, and binding what changed.
+PAGE_IN_CALLS: Final = 110
 # Making a graph's session, which the first request does, and opening a package, likewise.
 SESSION_CALLS: Final = 9_000
 LOAD_CALLS: Final = 100_000
@@ -38,7 +40,8 @@ _HEADROOM = 0.1
 
 FORMULA: Final[Mapping[str, str]] = {
     "tokens_per_second": "1 / (4 * active_parameters / memory_rate + bytes_per_token / disk_rate"
-    f" + graph_runs * {GRAPH_RUN_CALLS} * call_seconds)",
+    f" + (graph_runs * {GRAPH_RUN_CALLS} + (1 - hit_rate) * uses * {PAGE_IN_CALLS})"
+    " * call_seconds)",
     "bytes_per_token": "(1 - hit_rate) * cycle_bytes",
     "hit_rate": "share * odds / (share * odds + 1 - share), where share = budget /"
     f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's)",
@@ -190,7 +193,10 @@ def token_seconds(sizes: ModelSizes, machine: Machine, hit_rate: float) -> float
     compute = 4 * sizes.active_parameters / machine.memory_rate
     # Compute can never beat the bound's own share of it, however the weights are stored.
     compute = max(compute, sizes.active_bytes / machine.memory_rate)
-    paging = (1 - hit_rate) * sizes.cycle_bytes / machine.disk_rate
+    missed = 1 - hit_rate
+    paging = missed * (
+        sizes.cycle_bytes / machine.disk_rate + sizes.uses * PAGE_IN_CALLS * machine.call_seconds
+    )
     return compute + paging + sizes.graph_runs * graph_run_seconds(machine)
 
 

@@ -50,6 +50,11 @@ class ModelSizes:
         return step_bytes(self.layers)
 
     @property
+    def uses(self) -> int:
+        """How many experts one token passes through."""
+        return sum(layer.top_k for layer in self.layers)
+
+    @property
     def active_bytes(self) -> int:
         """The weights that one token reads from memory."""
         return self.active_resident_bytes + self.cycle_bytes
@@ -67,6 +72,7 @@ class ModelSizes:
             ],
             "all_expert_bytes": self.all_expert_bytes,
             "cycle_bytes": self.cycle_bytes,
+            "uses": self.uses,
             "least_budget": self.least_budget,
             "active_bytes": self.active_bytes,
         }

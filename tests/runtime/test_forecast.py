@@ -173,6 +173,7 @@ def test_figures_are_those_of_the_formula() -> None:
         "graph_runs": 3,
         "call_seconds": 4e-7,
         "cycle_bytes": 2 * 10**6,
+        "uses": 2,
         "active_bytes": 4 * 10**6,
         "resident_bytes": 3 * 10**6,
         "sha256_rate": 1.5e9,
