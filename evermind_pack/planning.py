@@ -15,20 +15,27 @@ from typing import Any, Literal, TypeAlias
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
+from evermind_runtime.choose_plan import PlanName, choose_plan
 from evermind_runtime.forecast import (
     FORMULA,
     GRAPH_RUN_CALLS,
     LOAD_CALLS,
     PAGE_IN_CALLS,
+    POOLED_LAYER_CALLS,
     REPETITION,
     SESSION_CALLS,
     SKEW,
+    TOKEN_CALLS,
+    Forecast,
+    expected_hit_rate,
+    forecast,
 )
 from evermind_runtime.machine import Extent, Machine, measure_machine, shard_extents
 from evermind_runtime.openers import open_location
 from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile
-from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes
+from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes, pooled_sizes
 from evermind_runtime.stores.urls import is_url
+from evermind_runtime.trace import Trace
 
 CONFIG_NAME = "config.json"
 ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
@@ -122,24 +129,70 @@ def _config_subject(path: Path, dtype: ExpertDType, context: int | None) -> Subj
     )
 
 
-def standard_budgets(sizes: ModelSizes) -> dict[str, int]:
-    """The budgets worth comparing, smallest first; two that are the same stand together."""
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A forecast, the plan that `load` would take for it, and the sizes under that plan.
+
+    `plan` is nothing for a model that is no package yet.
+    """
+
+    plan: str | None
+    forecast: Forecast
+    sizes: ModelSizes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"plan": self.plan, **self.forecast.to_dict()}
+
+
+def predict(
+    subject: Subject,
+    budget: int | None,
+    machine: Machine,
+    *,
+    plan: PlanName = "auto",
+    policy: str = "decayed",
+    trace: Trace | None = None,
+    profile: Profile | None = None,
+    prompt_tokens: int,
+    memory: int | None,
+) -> Prediction:
+    """What `load` with this budget (`None`: none) and plan would do.
+
+    Raises `BudgetError` or `UnsupportedError` for a plan that cannot be had.
+    """
+    sizes, chosen = subject.sizes, None
+    if subject.manifest is not None:
+        chosen = choose_plan(plan, subject.manifest, budget, "cpu", memory).name
+        if chosen == "resident":
+            sizes = pooled_sizes(subject.manifest, sizes)
+            budget = None
+    held = sizes.all_expert_bytes if budget is None else budget
+    rate = expected_hit_rate(sizes, held, policy=policy, trace=trace, profile=profile)
+    figures = forecast(sizes, held, machine, rate, prompt_tokens=prompt_tokens, memory=memory)
+    return Prediction(chosen, figures, sizes)
+
+
+def standard_budgets(sizes: ModelSizes) -> dict[str, int | None]:
+    """The budgets worth comparing, smallest first; two that are the same stand together.
+
+    `all` is no budget at all, which leaves it to `load` how to hold them.
+    """
     total = sizes.all_expert_bytes
     if total == 0:
-        return {"no experts": 0}
+        return {"no experts": None}
     slot = slot_bytes_of(sizes)
     named = {
         "least": sizes.least_budget,
         "one token's cycle": sizes.cycle_bytes,
         "25%": total // 4,
         "50%": total // 2,
-        "all": total,
     }
     by_size: dict[int, list[str]] = {}
     for name, size in sorted(named.items(), key=lambda item: item[1]):
-        if size >= sizes.least_budget:
+        if sizes.least_budget <= size < total:
             by_size.setdefault(size - size % slot, []).append(name)
-    return {", ".join(names): size for size, names in by_size.items()}
+    return {", ".join(names): size for size, names in by_size.items()} | {"all": None}
 
 
 def slot_bytes_of(sizes: ModelSizes) -> int:
@@ -154,7 +207,9 @@ def method() -> dict[str, Any]:
         "constants": {
             "skew": SKEW,
             "repetition": REPETITION,
+            "token_calls": TOKEN_CALLS,
             "graph_run_calls": GRAPH_RUN_CALLS,
+            "pooled_layer_calls": POOLED_LAYER_CALLS,
             "page_in_calls": PAGE_IN_CALLS,
             "session_calls": SESSION_CALLS,
             "load_calls": LOAD_CALLS,

@@ -8,15 +8,16 @@ from msgspec import Struct
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """Load `package` with `budget` bytes for experts, run it once to warm up, then measure.
+    """Load `package`, run it once to warm up, then measure.
 
-    `prompt` holds the tokens of a package that generates; others get `prompt_tokens` rows of
-    random inputs. `seed` chooses what is sampled. With `cold` the package's pages leave the
-    page cache before what is measured. `options` go to `load` as they are.
+    `budget` is the most bytes experts may take (`None`: no budget). `prompt` holds the tokens
+    of a package that generates; others get `prompt_tokens` rows of random inputs. `seed`
+    chooses what is sampled. With `cold` the package's pages leave the page cache before what
+    is measured. `options` go to `load` as they are.
     """
 
     package: str
-    budget: int
+    budget: int | None
     prompt: list[int] | None
     prompt_tokens: int
     max_new: int
@@ -33,7 +34,7 @@ class Round(Struct, frozen=True, kw_only=True):
     `ttft_seconds` that of the measured run. `disk_bytes` are what came from a disk and not
     from the page cache, `None` where the system does not tell. `rss_bytes` is the process's
     peak. `dropped` says whether the pages left the page cache, `None` if that was not asked.
-    `io` is how experts were read, "direct" or "buffered".
+    `io` is how experts were read, "direct" or "buffered", `plan` how they were held.
     """
 
     load_seconds: float
@@ -52,6 +53,7 @@ class Round(Struct, frozen=True, kw_only=True):
     rss_bytes: int | None
     dropped: bool | None
     io: str
+    plan: str
 
 
 class Failure(Struct, frozen=True, kw_only=True):

@@ -35,6 +35,7 @@ class Report:
 
     name: str
     budget: int
+    plan: str
     io: str
     tokens_per_second: Spread
     cpu_seconds_per_token: float
@@ -85,6 +86,7 @@ def report(
     return Report(
         name=name,
         budget=predicted.budget,
+        plan=rounds[0].plan,
         io=rounds[0].io,
         tokens_per_second=Spread(speed, min(speeds), max(speeds)),
         cpu_seconds_per_token=_median(rounds, lambda one: one.cpu_seconds / one.decoded),

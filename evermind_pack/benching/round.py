@@ -73,6 +73,7 @@ def run_round(job: Job) -> Round:
             rss_bytes=_peak_memory(),
             dropped=dropped,
             io=stats.io,
+            plan=model.plan.name,
         )
 
 

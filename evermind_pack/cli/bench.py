@@ -12,7 +12,8 @@ from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Manifest
 from evermind_manifests.package import Package
 from evermind_runtime.budget import check_budget, parse_size
-from evermind_runtime.forecast import Forecast, expected_hit_rate, forecast, process_bytes
+from evermind_runtime.choose_plan import PLAN_NAMES
+from evermind_runtime.forecast import process_bytes
 from evermind_runtime.machine import Machine
 from evermind_runtime.openers import open_location
 from evermind_runtime.sizes import ModelSizes, generates
@@ -22,7 +23,14 @@ from evermind_runtime.trace import read_trace
 
 from evermind_pack.benching import Job, Report, report, run_rounds
 from evermind_pack.benching.report import same_tokens
-from evermind_pack.planning import Subject, method, package_subject, standard_budgets
+from evermind_pack.planning import (
+    Prediction,
+    Subject,
+    method,
+    package_subject,
+    predict,
+    standard_budgets,
+)
 
 from .arrays import check_targets
 from .plan import machine_rows, model_rows, number, seconds, shown
@@ -106,6 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what --policy pinned keeps (default: the package's own profile.json)",
     )
     parser.add_argument(
+        "--plan",
+        choices=PLAN_NAMES,
+        default="auto",
+        help="how experts are held, as for `run`; the table shows what was taken (default: auto)",
+    )
+    parser.add_argument(
         "--io",
         choices=("auto", "direct", "buffered"),
         default="auto",
@@ -142,21 +156,24 @@ def run(args: argparse.Namespace) -> int:
         machine = subject.measure(args.threads)
     rows = args.prompt_tokens or _PROMPT_TOKENS if prompt is None else len(prompt)
 
-    def at_work(budget: int) -> Machine:
+    def at_work(budget: int | None) -> Machine:
         from_disk = args.cold or args.io == "direct" or not _cache_holds(machine, subject, budget)
         return machine if from_disk else machine.warm()
 
-    def predict(budget: int) -> Forecast:
-        rate = expected_hit_rate(
-            subject.sizes,
+    def foresee(budget: int | None) -> Prediction:
+        return predict(
+            subject,
             budget,
+            at_work(budget),
+            plan=args.plan,
             policy="lru" if args.policy == "lru" else "decayed",
             trace=trace,
             profile=subject.profile,
+            prompt_tokens=rows,
+            memory=machine.available.bytes if machine.available else None,
         )
-        return forecast(subject.sizes, budget, at_work(budget), rate, prompt_tokens=rows)
 
-    forecasts = _those_that_fit({name: predict(size) for name, size in budgets.items()}, args)
+    predictions = _those_that_fit({name: foresee(size) for name, size in budgets.items()}, args)
     jobs = {
         name: Job(
             package=args.package,
@@ -169,12 +186,19 @@ def run(args: argparse.Namespace) -> int:
             cold=args.cold,
             options=_load_options(args),
         )
-        for name in forecasts
+        for name in predictions
     }
     with progress("rounds", quiet=args.quiet) as tell:
         results = run_rounds(jobs, args.rounds, progress=tell)
     reports = [
-        report(name, rounds, forecasts[name], subject.sizes, machine, at_work(budgets[name]))
+        report(
+            name,
+            rounds,
+            predictions[name].forecast,
+            predictions[name].sizes,
+            machine,
+            at_work(budgets[name]),
+        )
         for name, rounds in results.items()
     ]
     every = [one for rounds in results.values() for one in rounds]
@@ -188,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
         "same_tokens": None if prompt is None else same_tokens(list(results.values())),
     }
     if args.plot:
-        _plot(args.plot, subject, reports, predict)
+        _plot(args.plot, subject, reports, foresee)
     if args.json:
         print_json(
             {
@@ -241,7 +265,7 @@ def _prompt(args: argparse.Namespace, package: Package) -> list[int] | None:
     return [int(token) for token in np.random.default_rng(0).integers(0, limit, count)]
 
 
-def _budgets(text: str | None, manifest: Manifest, sizes: ModelSizes) -> dict[str, int]:
+def _budgets(text: str | None, manifest: Manifest, sizes: ModelSizes) -> dict[str, int | None]:
     """What was written → bytes, the largest first."""
     if text is None:
         return dict(reversed(standard_budgets(sizes).items()))
@@ -251,16 +275,16 @@ def _budgets(text: str | None, manifest: Manifest, sizes: ModelSizes) -> dict[st
     budgets = {name: parse_size(name, sizes.all_expert_bytes, "--budgets") for name in names}
     for budget in budgets.values():
         check_budget(budget, manifest)
-    return dict(sorted(budgets.items(), key=lambda item: -item[1]))
+    return {name: budgets[name] for name in sorted(budgets, key=lambda name: -budgets[name])}
 
 
 def _those_that_fit(
-    forecasts: dict[str, Forecast], args: argparse.Namespace
-) -> dict[str, Forecast]:
+    forecasts: dict[str, Prediction], args: argparse.Namespace
+) -> dict[str, Prediction]:
     """All that were asked for; of those nobody asked for only what memory can hold."""
-    too_large = [name for name, one in forecasts.items() if not one.fits]
+    too_large = [name for name, one in forecasts.items() if not one.forecast.fits]
     for name in too_large:
-        taken = human_bytes(forecasts[name].rss)
+        taken = human_bytes(forecasts[name].forecast.rss)
         what = "measured all the same" if args.budgets else "left out"
         remark(
             f"warning: budget {name}: the process would take {taken}, more than there is: {what}",
@@ -279,15 +303,22 @@ def _those_that_fit(
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
     profile = str(args.profile) if args.profile else None
-    return {"threads": args.threads, "policy": args.policy, "profile": profile, "io": args.io}
+    return {
+        "threads": args.threads,
+        "policy": args.policy,
+        "profile": profile,
+        "io": args.io,
+        "plan": args.plan,
+    }
 
 
-def _cache_holds(machine: Machine, subject: Subject, budget: int) -> bool:
+def _cache_holds(machine: Machine, subject: Subject, budget: int | None) -> bool:
     """Whether the page cache has room for all experts beside the process."""
     if machine.available is None:
         return True
-    room = machine.available.bytes - process_bytes(subject.sizes, budget)
-    return room >= subject.sizes.all_expert_bytes
+    total = subject.sizes.all_expert_bytes
+    taken = process_bytes(subject.sizes, total if budget is None else budget)
+    return machine.available.bytes - taken >= total
 
 
 def _print(
@@ -301,12 +332,13 @@ def _print(
     print_table(model_rows(subject) | machine_rows(machine))
     print()
     unit = facts["unit"]
-    head = ["budget", "", f"{unit}/s", "forecast", "off", "first token", "hit rate"]
+    head = ["budget", "", "plan", f"{unit}/s", "forecast", "off", "first token", "hit rate"]
     head += ["read/token", "io", "of bound", "experts", "beyond"]
     rows = [
         [
             one.name,
             human_bytes(one.budget),
+            one.plan,
             number(one.tokens_per_second.median),
             shown(one.forecast.tokens_per_second, number),
             "inside" if one.off == 0 else f"{one.off:+.0%}",
@@ -349,7 +381,7 @@ def _remarks(facts: dict[str, Any]) -> list[str]:
 
 
 def _plot(
-    path: Path, subject: Subject, reports: list[Report], predict: Callable[[int], Forecast]
+    path: Path, subject: Subject, reports: list[Report], foresee: Callable[[int], Prediction]
 ) -> None:
     sizes = subject.sizes
     total, least = sizes.all_expert_bytes, sizes.least_budget
@@ -371,7 +403,7 @@ def _plot(
         bound=[(one.budget / total, one.bound) for one in reports],
         forecast=[
             (one.share, one.tokens_per_second.even, one.tokens_per_second.skewed)
-            for one in map(predict, grid)
+            for one in (foresee(budget).forecast for budget in grid)
         ],
         cycle=sizes.cycle_bytes / total,
     )

@@ -9,10 +9,7 @@ from typing import Any
 from evermind_manifests.errors import InputError
 from evermind_runtime.budget import parse_size
 from evermind_runtime.forecast import (
-    Forecast,
     Range,
-    expected_hit_rate,
-    forecast,
     process_bytes,
     recommended_budget,
 )
@@ -20,7 +17,15 @@ from evermind_runtime.machine import Machine
 from evermind_runtime.profile import read_profile
 from evermind_runtime.trace import Trace, read_trace
 
-from evermind_pack.planning import Subject, method, open_subject, slot_bytes_of, standard_budgets
+from evermind_pack.planning import (
+    Prediction,
+    Subject,
+    method,
+    open_subject,
+    predict,
+    slot_bytes_of,
+    standard_budgets,
+)
 
 from .terminal import human_bytes, positive_int, print_columns, print_json, print_table, remark
 
@@ -103,23 +108,24 @@ def run(args: argparse.Namespace) -> int:
             machine = machine.with_disk_rate(rate)
         memory = _memory(args.memory, machine)
         best = None if memory is None else recommended_budget(subject.sizes, memory)
-        if best is not None and best not in budgets.values():
-            budgets["recommended"] = best
+        if best is not None and best < subject.sizes.all_expert_bytes:
+            budgets.setdefault("recommended", best)
         forecasts = {
-            name: forecast(
-                subject.sizes,
+            name: predict(
+                subject,
                 budget,
                 machine,
-                expected_hit_rate(
-                    subject.sizes, budget, policy=args.policy, trace=trace, profile=profile
-                ),
+                policy=args.policy,
+                trace=trace,
+                profile=profile,
                 prompt_tokens=args.prompt_tokens,
                 memory=memory,
             )
-            for name, budget in sorted(budgets.items(), key=lambda item: item[1])
+            for name, budget in budgets.items()
         }
-    fits = any(one.fits for one in forecasts.values())
-    advice = _advice(subject, memory, forecasts)
+        forecasts = dict(sorted(forecasts.items(), key=lambda item: item[1].forecast.budget))
+    fits = any(one.forecast.fits for one in forecasts.values())
+    advice = _advice(subject, memory)
     if args.json:
         print_json(_as_json(subject, machine, memory, forecasts, advice, trace is not None))
     else:
@@ -136,7 +142,7 @@ def _routing(args: argparse.Namespace, subject: Subject) -> tuple[Trace | None, 
     return trace, profile
 
 
-def _budgets(subject: Subject, texts: list[str] | None) -> dict[str, int]:
+def _budgets(subject: Subject, texts: list[str] | None) -> dict[str, int | None]:
     if texts is None:
         return standard_budgets(subject.sizes)
     return {text: parse_size(text, subject.sizes.all_expert_bytes) for text in texts}
@@ -160,9 +166,7 @@ def _memory(text: str | None, machine: Machine) -> int | None:
     return parse_size(text, available or 0, "--memory")
 
 
-def _advice(
-    subject: Subject, memory: int | None, forecasts: dict[str, Forecast]
-) -> tuple[int | None, str]:
+def _advice(subject: Subject, memory: int | None) -> tuple[int | None, str]:
     """The budget to choose, and why."""
     sizes = subject.sizes
     if memory is None:
@@ -191,7 +195,7 @@ def _as_json(
     subject: Subject,
     machine: Machine,
     memory: int | None,
-    forecasts: dict[str, Forecast],
+    forecasts: dict[str, Prediction],
     advice: tuple[int | None, str],
     traced: bool,
 ) -> dict[str, Any]:
@@ -215,35 +219,36 @@ def _print(
     subject: Subject,
     machine: Machine,
     memory: int | None,
-    forecasts: dict[str, Forecast],
+    forecasts: dict[str, Prediction],
     advice: tuple[int | None, str],
     args: argparse.Namespace,
 ) -> None:
     print_table(model_rows(subject) | machine_rows(machine))
     print()
-    head = ["budget", "", "tokens/s", "hit rate", "read/token", "first token", "memory", "verdict"]
-    print_columns(
-        [
-            head,
-            *(
-                [
-                    name,
-                    human_bytes(one.budget),
-                    shown(one.tokens_per_second, number),
-                    shown(one.hit_rate, lambda rate: f"{rate:.0%}"),
-                    shown(one.bytes_per_token, lambda count: human_bytes(int(count))),
-                    shown(one.ttft_seconds, seconds),
-                    human_bytes(one.rss),
-                    one.verdict,
-                ]
-                for name, one in forecasts.items()
-            ),
-        ]
-    )
+    rows = [["budget", "", "plan", "tokens/s", "hit rate", "read/token", "first token"]]
+    rows[0] += ["memory", "verdict"]
+    for name, prediction in forecasts.items():
+        one = prediction.forecast
+        rows.append(
+            [
+                name,
+                human_bytes(one.budget),
+                prediction.plan or "-",
+                shown(one.tokens_per_second, number),
+                shown(one.hit_rate, lambda rate: f"{rate:.0%}"),
+                shown(one.bytes_per_token, lambda count: human_bytes(int(count))),
+                shown(one.ttft_seconds, seconds),
+                human_bytes(one.rss),
+                one.verdict,
+            ]
+        )
+    print_columns(rows)
     print()
     budget, why = advice
     if budget is None:
         print(f"recommended  none: {why}")
+    elif budget >= subject.sizes.all_expert_bytes:
+        print(f"recommended  no --budget: {why}")
     else:
         share = budget / max(1, subject.sizes.all_expert_bytes)
         experts = budget // slot_bytes_of(subject.sizes)

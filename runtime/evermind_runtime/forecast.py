@@ -23,9 +23,12 @@ from .trace import Trace
 SKEW: Final = 5.7
 # There, n tokens in a row use as many experts as n^0.7 that choose independently.
 REPETITION: Final = 0.7
-# One graph run on small matrices, with what Python does around it, takes as long as this many
-# small numpy calls: 80 µs where one takes 0.33 µs (docs/planning.md).
-GRAPH_RUN_CALLS: Final = 250
+# What running costs beside arithmetic and reading, in small numpy calls (0.3 µs each on a
+# quiet core), so that it follows the machine; measured as docs/planning.md says. For one token:
+TOKEN_CALLS: Final = 400
+# For each graph it runs, or where one graph does all layers over pools, for each layer:
+GRAPH_RUN_CALLS: Final = 70
+POOLED_LAYER_CALLS: Final = 40
 # One page-in beside its read: bookkeeping, and binding what changed.
 PAGE_IN_CALLS: Final = 110
 # Making a graph's session, which the first request does, and opening a package, likewise.
@@ -40,18 +43,19 @@ _HEADROOM = 0.1
 
 FORMULA: Final[Mapping[str, str]] = {
     "tokens_per_second": "1 / (4 * active_parameters / memory_rate + bytes_per_token / disk_rate"
-    f" + (graph_runs * {GRAPH_RUN_CALLS} + (1 - hit_rate) * uses * {PAGE_IN_CALLS})"
-    " * call_seconds)",
+    f" + (fixed_calls + (1 - hit_rate) * uses * {PAGE_IN_CALLS}) * call_seconds)",
+    "fixed_calls": f"{TOKEN_CALLS} + graph_runs * {GRAPH_RUN_CALLS}"
+    f" (over pools: {TOKEN_CALLS} + layers * {POOLED_LAYER_CALLS})",
     "bytes_per_token": "(1 - hit_rate) * cycle_bytes",
     "hit_rate": "share * odds / (share * odds + 1 - share), where share = budget /"
     f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's)",
     "bound": "1 / max(bytes_per_token / disk_rate, active_bytes / memory_rate)",
-    "load_seconds": "resident_bytes * (1 / disk_rate + 1 / sha256_rate)"
+    "load_seconds": "(resident_bytes + pooled_from) * (1 / disk_rate + 1 / sha256_rate)"
     f" + {LOAD_CALLS} * call_seconds",
     "ttft_seconds": f"(2 * graph_runs + 1) * {SESSION_CALLS} * call_seconds"
     " + prompt_expert_bytes * (1 / disk_rate + 1 / sha256_rate)"
     " + max(2 * prompt_tokens * active_parameters / matmul_rate,"
-    " 4 * prompt_parameters / memory_rate) + the prompt's graph runs * that"
+    f" 4 * prompt_parameters / memory_rate) + prompt_graph_runs * {GRAPH_RUN_CALLS} * call_seconds"
     " + one token's time",
     "rss": "resident_bytes + min(budget, all_expert_bytes) + 2 * state_bytes"
     f" + {OVERHEAD_BYTES // 2**20} MiB",
@@ -172,8 +176,7 @@ def forecast(
                 machine.memory_rate,
             ),
         ),
-        load_seconds=sizes.resident_bytes * (1 / machine.disk_rate + 1 / machine.sha256_rate)
-        + LOAD_CALLS * machine.call_seconds,
+        load_seconds=_load(sizes, machine),
         ttft_seconds=Range(
             _ttft(sizes, machine, held, hit_rate.even, prompt_tokens, float(prompt_tokens)),
             _ttft(sizes, machine, held, hit_rate.skewed, prompt_tokens, prompt_tokens**REPETITION),
@@ -197,12 +200,14 @@ def token_seconds(sizes: ModelSizes, machine: Machine, hit_rate: float) -> float
     paging = missed * (
         sizes.cycle_bytes / machine.disk_rate + sizes.uses * PAGE_IN_CALLS * machine.call_seconds
     )
-    return compute + paging + sizes.graph_runs * graph_run_seconds(machine)
+    return compute + paging + fixed_calls(sizes) * machine.call_seconds
 
 
-def graph_run_seconds(machine: Machine) -> float:
-    """What running a graph costs beside its arithmetic."""
-    return GRAPH_RUN_CALLS * machine.call_seconds
+def fixed_calls(sizes: ModelSizes) -> int:
+    """What a token costs whatever its arithmetic and its misses, in small numpy calls."""
+    if sizes.pooled_from:
+        return TOKEN_CALLS + len(sizes.layers) * POOLED_LAYER_CALLS
+    return TOKEN_CALLS + sizes.graph_runs * GRAPH_RUN_CALLS
 
 
 def bound(io_seconds: float, active_bytes: float, memory_rate: float) -> float:
@@ -241,6 +246,12 @@ def _verdict(sizes: ModelSizes, budget: int, rss: int, memory: int | None) -> Ve
     return "fits" if budget >= sizes.cycle_bytes else "fits, but thrashes"
 
 
+def _load(sizes: ModelSizes, machine: Machine) -> float:
+    read = sizes.resident_bytes + sizes.pooled_from
+    verified = read * (1 / machine.disk_rate + 1 / machine.sha256_rate)
+    return verified + LOAD_CALLS * machine.call_seconds
+
+
 def _ttft(
     sizes: ModelSizes,
     machine: Machine,
@@ -273,11 +284,14 @@ def _ttft(
         2 * max(0, tokens - 1) * sizes.active_parameters / machine.matmul_rate,
         4 * parameters / machine.memory_rate,
     )
+    # Pools were filled when the package was opened.
+    if sizes.pooled_from:
+        read = 0.0
     paging = read * (1 / machine.disk_rate + 1 / machine.sha256_rate)
     # The last token finds what the prompt left; alone it reads its whole cycle.
-    last = token_seconds(sizes, machine, hit_rate if chunks else 0.0)
+    last = token_seconds(sizes, machine, hit_rate if chunks or sizes.pooled_from else 0.0)
     sessions = (2 * sizes.graph_runs + 1) * SESSION_CALLS * machine.call_seconds
-    return sessions + paging + compute + runs * graph_run_seconds(machine) + last
+    return sessions + paging + compute + runs * GRAPH_RUN_CALLS * machine.call_seconds + last
 
 
 def _hottest(sizes: ModelSizes, budget: int, profile: Profile) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from evermind_manifests.dtypes import tensor_bytes
 from evermind_manifests.manifest import Manifest, StateSpec
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from .layers import ExpertLayer, all_bytes, cycle_bytes, expert_layers, step_bytes
 
@@ -22,7 +22,8 @@ class ModelSizes:
     `active_resident_bytes` are those of the resident weights that one token reads;
     `active_parameters` count its experts too. `state_bytes` are one sequence's.
     `expert_parameters` are the routed experts' all together. `graph_runs` is how many graphs
-    one decoded token runs.
+    one decoded token runs. `pooled_from` is what the experts take as they are stored where
+    opening puts them all into float32 pools, else 0.
     """
 
     layers: tuple[ExpertLayer, ...]
@@ -33,6 +34,7 @@ class ModelSizes:
     active_parameters: int
     expert_parameters: int
     graph_runs: int
+    pooled_from: int = 0
 
     @property
     def all_expert_bytes(self) -> int:
@@ -86,10 +88,7 @@ def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> Mod
     token reads is that of the parameters.
     """
     resident = manifest.files[manifest.resident].bytes if manifest.resident else 0
-    each = {
-        name: sum(math.prod(spec.shape) for spec in kind.tensors)
-        for name, kind in manifest.kinds.items()
-    }
+    each = _expert_parameters(manifest)
     experts = sum(layer.experts * each[layer.kind] for layer in manifest.layers)
     routed = sum(layer.top_k * each[layer.kind] for layer in manifest.layers)
     trunk = max(1, manifest.parameters.total - experts)
@@ -106,9 +105,31 @@ def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> Mod
     )
 
 
+def pooled_sizes(manifest: Manifest, sizes: ModelSizes) -> ModelSizes:
+    """The same package under the plan `resident`, whose experts stand in float32 pools."""
+    pooled = manifest.plan.pooled
+    assert pooled is not None, "the plan was chosen, so the package has it"
+    each = _expert_parameters(manifest)
+    layers = zip(sizes.layers, manifest.layers, strict=True)
+    return replace(
+        sizes,
+        layers=tuple(structs.replace(one, bytes=4 * each[layer.kind]) for one, layer in layers),
+        graph_runs=len(pooled.decode),
+        pooled_from=sizes.all_expert_bytes,
+    )
+
+
 def generates(manifest: Manifest) -> bool:
     """Whether the package continues tokens, as `Model.generate` does."""
     return "tokens" in manifest.plan.inputs and "logits" in manifest.plan.outputs
+
+
+def _expert_parameters(manifest: Manifest) -> dict[str, int]:
+    """What one expert of each kind has."""
+    return {
+        name: sum(math.prod(spec.shape) for spec in kind.tensors)
+        for name, kind in manifest.kinds.items()
+    }
 
 
 def _state_bytes(spec: StateSpec, context: int) -> int:

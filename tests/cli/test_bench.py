@@ -81,7 +81,10 @@ def test_a_bench_reports_every_budget(package: Path, tmp_path: Path, capsys: Any
         assert 0 <= one["hit_rate"] <= 1
         assert one["peak_expert_bytes"] <= one["budget"]
         assert one["rss_beyond"] > 0
-        assert one["io"] == "buffered"
+        assert (one["io"], one["plan"]) == (
+            "buffered",
+            {"100%": "half", "50%": "paged"}[one["name"]],
+        )
         assert one["share_of_bound"] > 0
         assert one["share_of_bound"] * one["bound"] == pytest.approx(
             one["tokens_per_second"]["median"]
@@ -120,6 +123,22 @@ def test_a_model_without_experts_has_one_row(tmp_path: Path, capsys: Any) -> Non
     code, _, err = call(capsys, "bench", mood, "--plot", tmp_path / "p.png")
     assert code == 2
     assert "without experts" in err
+
+
+def test_the_plan_can_be_chosen(package: Path, capsys: Any) -> None:
+    code, out, _ = call(
+        capsys,
+        *("bench", package, "--plan", "paged", "--budgets", "100%", "--rounds", 1),
+        *("--max-new", 4, "--json"),
+    )
+    assert code == 0
+    assert json.loads(out)["results"][0]["plan"] == "paged"
+    code, _, err = call(capsys, "bench", package, "--plan", "half", "--budgets", "50%")
+    assert code == 2
+    assert "'half' keeps all experts" in err
+    pooled = run_round(job(package, budget=None))
+    assert pooled.plan == "resident"
+    assert pooled.misses == 0
 
 
 def test_a_round_counts_decoding_only(package: Path) -> None:
@@ -184,6 +203,7 @@ def test_figures_follow_from_the_rounds() -> None:
             rss_bytes=60 * 10**6,
             dropped=None,
             io="buffered",
+            plan="paged",
         )
         for seconds, disk in ((1.0, 10**6), (2.0, 0), (4.0, 9 * 10**6))
     ]

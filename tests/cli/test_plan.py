@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import evermind_runtime as em
 import pytest
 from evermind_runtime.machine import measure_machine
 
@@ -60,16 +62,30 @@ def test_the_budgets_worth_comparing(package: Path, capsys: Any) -> None:
     budgets = [one["budget"] for one in result["forecasts"]]
     assert budgets == sorted(budgets)
     assert budgets[0] == result["sizes"]["least_budget"]
-    assert budgets[-1] == result["sizes"]["all_expert_bytes"]
+    plans = [one["plan"] for one in result["forecasts"]]
+    assert plans == ["paged", "paged", "paged", "resident"]
+    # All experts in float32 pools, from shards in half precision.
+    tensors = result["sizes"]["expert_parameters"] * 4
+    assert budgets[-1] == tensors > result["sizes"]["all_expert_bytes"]
     assert [one["verdict"] for one in result["forecasts"]] == [
         "fits, but thrashes",
         "fits",
         "fits",
         "fits, all resident",
     ]
-    assert result["recommended"]["budget"] == budgets[-1]
+    assert result["recommended"]["budget"] == result["sizes"]["all_expert_bytes"]
     assert set(result["formula"]) >= {"tokens_per_second", "hit_rate", "rss", "bound"}
     assert {"disk_rate", "memory_rate", "sha256_rate", "disk_note"} <= set(result["machine"])
+
+
+def test_the_plan_is_the_one_that_loading_takes(package: Path, capsys: Any) -> None:
+    for budget in (None, "100%", "25%"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with em.load(package, budget=budget) as model:
+                taken = model.plan.name
+        given = [] if budget is None else ["--budget", budget]
+        assert plan(capsys, package, *given)["forecasts"][-1]["plan"] == taken
 
 
 def test_a_memory_too_small_is_said_with_the_number_that_would_do(

@@ -22,9 +22,10 @@ from evermind_runtime.forecast import (
 )
 from evermind_runtime.layers import ExpertLayer
 from evermind_runtime.machine import AvailableMemory, Machine
+from evermind_runtime.pools import pool_bytes
 from evermind_runtime.profile import profile_of
 from evermind_runtime.replay import replay
-from evermind_runtime.sizes import ModelSizes, manifest_sizes
+from evermind_runtime.sizes import ModelSizes, manifest_sizes, pooled_sizes
 from evermind_runtime.trace import Trace, TraceStep, read_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,7 +167,7 @@ def test_figures_are_those_of_the_formula() -> None:
     layers = tuple(ExpertLayer(layer=at, experts=4, top_k=1, bytes=10**6) for at in range(2))
     sizes = ModelSizes(layers, 3 * 10**6, 2 * 10**6, 0, 5 * 10**6, 10**6, 4 * 10**6, 3)
     one = forecast(sizes, 4 * 10**6, MACHINE, Range(0.5, 0.75))
-    inputs = {
+    inputs: dict[str, float] = {
         "active_parameters": 10**6,
         "memory_rate": 2e10,
         "disk_rate": 1e9,
@@ -176,9 +177,11 @@ def test_figures_are_those_of_the_formula() -> None:
         "uses": 2,
         "active_bytes": 4 * 10**6,
         "resident_bytes": 3 * 10**6,
+        "pooled_from": 0,
         "sha256_rate": 1.5e9,
         "hit_rate": 0.75,
     }
+    inputs["fixed_calls"] = eval(FORMULA["fixed_calls"].partition(" (")[0], {}, inputs)
     for name in ("bytes_per_token", "tokens_per_second", "bound", "load_seconds"):
         inputs[name] = eval(FORMULA[name], {"max": max}, inputs)
     assert one.bytes_per_token.skewed == inputs["bytes_per_token"] == 500_000
@@ -248,6 +251,25 @@ def test_sizes_are_those_of_the_package(
     assert 4 * trunk <= resident <= 4 * trunk + 4096
     assert sizes.active_resident_bytes <= resident
     assert sizes.graph_runs == len(manifest.plan.decode)
+
+
+def test_pools_are_filled_when_the_package_is_opened(
+    golden_package: Callable[..., Path],
+) -> None:
+    with open_package(golden_package("lm_small", half=True)) as package:
+        manifest = package.manifest
+    stored = manifest_sizes(manifest)
+    pooled = pooled_sizes(manifest, stored)
+    assert pooled.all_expert_bytes == 4 * stored.expert_parameters == pool_bytes(manifest)
+    assert pooled.pooled_from == stored.all_expert_bytes
+    one, other = (
+        forecast(sizes, sizes.all_expert_bytes, MACHINE, Range(1, 1)) for sizes in (stored, pooled)
+    )
+    assert other.load_seconds - one.load_seconds == pytest.approx(
+        stored.all_expert_bytes * (1 / MACHINE.disk_rate + 1 / MACHINE.sha256_rate)
+    )
+    assert other.ttft_seconds.even < one.ttft_seconds.even
+    assert other.rss > one.rss
 
 
 def test_a_state_that_grows_is_counted_for_the_context(
