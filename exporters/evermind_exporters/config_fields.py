@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from evermind_manifests.errors import ConfigError
+
+Value = TypeVar("Value")
 
 # Dimensions are stored as u32 wherever a header has them.
 MAX_DIM = 2**32 - 1
 
 
 class ConfigFields:
-    """The fields of a raw configuration, each read once.
-
-    What nobody read is refused by `finish`, or kept with `rest`.
+    """The fields of a raw configuration, each read once; `finish` refuses what nobody read.
 
     A `default` of None means that the field must be there. All methods raise `ConfigError`
     naming `where`, the field, what was expected and what was found.
@@ -71,9 +71,19 @@ class ConfigFields:
         """Raise the `ConfigError` for a value of `key`."""
         raise ConfigError(f"{self._where} config: {key}: expected {expected}, found {found!r}")
 
-    def rest(self) -> dict[str, Any]:
-        """The fields that no one asked for."""
-        return dict(self._left)
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string."""
+        value = self._take(key, default)
+        if not isinstance(value, str):
+            self.refuse(key, "a text", value)
+        return str(value)
+
+    def fixed(self, key: str, value: Value) -> Value:
+        """`value`, which may be stated but not changed."""
+        found = self._left.pop(key, value)
+        if type(found) is not type(value) or found != value:
+            self.refuse(key, repr(value), found)
+        return value
 
     def finish(self) -> None:
         """Raise `ConfigError` for fields that no one asked for."""

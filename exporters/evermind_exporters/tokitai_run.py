@@ -33,6 +33,7 @@ _SPELLINGS: Final[dict[str, tuple[str, ...]]] = {
     "router_kind": ("router_kind", "router", "router_kernel"),
     "fingerprint": ("fingerprint", "sha256", "topology_sha256"),
 }
+_TEXTS: Final = ("router_kind", "fingerprint")
 _FAMILY: Final = ("family", "model_family", "kind")
 _MOE: Final = ("moe", "tokitai-moe", "tokitai", "mixture_of_experts")
 
@@ -73,7 +74,7 @@ def _raw(arch: Mapping[str, Any], where: str) -> dict[str, Any]:
         # A word for a list of things may also be the list.
         values = [value for value in values if isinstance(value, int | str)]
         if values:
-            raw[name] = values[0]
+            raw[name] = str(values[0]) if name in _TEXTS else values[0]
     return raw
 
 

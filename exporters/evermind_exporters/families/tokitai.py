@@ -47,6 +47,7 @@ _USUAL: Final = {"in_dim": 96, "out_dim": 20, "n_experts": 4, "top_k": 2}
 # Of each row's routing, for introspection (section 4).
 _STATISTICS: Final = ("kept_mass", "top_weight", "entropy")
 _ASSUMED: Final = ("gelu", "layer_norm_eps", "layer_norm_variance", "ties")
+_RECORDED: Final = frozenset({"router_kind", "fingerprint"})
 _MAX_TENSORS: Final = 1_000_000
 _LINEAR: Final = re.compile(r"experts\.0\.linears\.(\d+)\.weight")
 
@@ -56,17 +57,18 @@ class TokitaiMoe(ModelFamily):
 
     `config`: `size` (`nano`, `tiny`, `medium`, `full`, or `free` for other dims), `in_dim`,
     `out_dim`, `hidden`, `depth`, `n_experts`, `top_k`, `renormalize`, `gelu` (`erf` or
-    `tanh`), `layer_norm_eps`, optional `seed`.
+    `tanh`), `layer_norm_eps`, optional `seed`, and what arch.json says of itself:
+    `router_kind`, `fingerprint`.
     """
 
     name = "moe"
     presets: Mapping[str, Config] = {size: {"size": size} for size in SIZES}
 
     def resolve(self, raw: Config, found: Shapes) -> dict[str, Any]:
-        """See `ModelFamily.resolve`; unknown keys are kept.
+        """See `ModelFamily.resolve`.
 
         Dims that are left out are those of `size`, else of the tensors. Counts that other
-        tools write beside them (`total_params`, …) must be right.
+        tools write beside them (`total_params`, …) must be right; they are not recorded.
         """
         fields = ConfigFields(NAME, raw)
         size = fields.choice("size", [*SIZES, "free"], "free", fold=True)
@@ -89,17 +91,18 @@ class TokitaiMoe(ModelFamily):
             "renormalize": fields.flag("renormalize", False),
             "gelu": fields.choice("gelu", ("erf", "tanh"), "erf"),
             "layer_norm_eps": fields.number("layer_norm_eps", 1e-5, low=1e-12, high=1.0),
-            "layer_norm_variance": fields.choice("layer_norm_variance", ("biased",), "biased"),
-            "ties": fields.choice("ties", ("lower index",), "lower index"),
-            "assumed": list(_ASSUMED),
+            "layer_norm_variance": fields.fixed("layer_norm_variance", "biased"),
+            "ties": fields.fixed("ties", "lower index"),
+            "assumed": fields.fixed("assumed", list(_ASSUMED)),
         }
         if "seed" in raw:
             resolved["seed"] = fields.integer("seed", low=0, high=2**64 - 1)
-        left = fields.rest()
-        _check_counts(fields, resolved, left)
-        if left.pop("assumed", resolved["assumed"]) != resolved["assumed"]:
-            fields.refuse("assumed", str(resolved["assumed"]), raw["assumed"])
-        return resolved | left
+        for key in sorted(_RECORDED & raw.keys()):
+            resolved[key] = fields.text(key)
+        for key, count in _counts(config).items():
+            fields.fixed(key, count)
+        fields.finish()
+        return resolved
 
     def recognises(self, found: Shapes) -> bool:
         """See `ModelFamily.recognises`."""
@@ -341,19 +344,16 @@ def _size_of(config: Config) -> str:
     return next((size for size in SIZES if _preset_dims(size) == config), "free")
 
 
-def _check_counts(fields: ConfigFields, config: Config, given: Config) -> None:
-    """Refuse counts that the dims do not give: then the model is another one."""
+def _counts(config: Config) -> dict[str, int]:
+    """What the dims amount to, by the names other tools give it; section 2."""
     router, expert = router_count(config), expert_count(config)
-    counts = {
+    return {
         "router_params": router,
         "expert_params": expert,
         "total_params": router + config["n_experts"] * expert,
         "expert_tensors": _expert_tensors(config),
         "model_tensors": config["n_experts"] * _expert_tensors(config) + 2,
     }
-    for key, count in counts.items():
-        if given.get(key, count) != count:
-            fields.refuse(key, f"{count} for these dims", given[key])
 
 
 FAMILY = ModularFamily(NAME, {"moe": TokitaiMoe()})
