@@ -84,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read experts directly from the disk, or through the page cache (default: what "
         "should be the faster)",
     )
+    parser.add_argument(
+        "--guess",
+        choices=("auto", "off"),
+        default="auto",
+        help="read what the next layer will probably need while this one runs (default: auto: "
+        "as long as it is right more often than not)",
+    )
     inside = parser.add_argument_group("introspection")
     inside.add_argument(
         "--introspect",
@@ -139,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
                 profile=args.profile,
                 io=args.io,
                 plan=args.plan,
+                guess=args.guess,
                 remote=remote_options(args, prefetch=args.prefetch),
             )
         )
@@ -268,6 +276,9 @@ def _counters(model: Model) -> dict[str, Any]:
         "wait_seconds": stats.wait_seconds,
         "plan": model.plan.name,
         "plan_reason": model.plan.reason,
+        "prefetches": stats.prefetches,
+        "prefetches_used": stats.prefetches_used,
+        "prefetch_wasted_bytes": stats.prefetch_wasted_bytes,
         "io": stats.io,
         "io_note": stats.io_note,
         "peak_resident_expert_bytes": stats.peak_resident_expert_bytes,

@@ -222,6 +222,7 @@ class _Program:
         }
         self._inputs = 0
         self._prefill = place == "plan.prefill"
+        self._decode = place == "plan.decode"
 
     def check(self, steps: Sequence[Step]) -> Iterator[Problem]:
         for number, step in enumerate(steps):
@@ -243,6 +244,22 @@ class _Program:
             yield from _check_match(f"{self._place}: output", name, expected, found)
         if self._prefill:
             yield from self._check_observed()
+        if self._decode:
+            yield from self._check_guesses()
+
+    def _check_guesses(self) -> Iterator[Problem]:
+        for number, guess in enumerate(self._plan.guesses):
+            info = self._graphs.get(guess.graph)
+            if info is None:
+                continue
+            place = f"plan.guesses[{number}] ({guess.graph})"
+            yield from _check_bound(place, info, {*guess.inputs, *guess.weights}, {guess.ids})
+            for name, value in guess.inputs.items():
+                yield from _check_match(place, name, info.inputs.get(name), self._board.get(value))
+            for name, resident in guess.weights.items():
+                yield from self._check_weight(place, resident, info.inputs.get(name))
+            expected = GraphValue(guess.ids, "i64", (1, None))
+            yield from _check_match(place, guess.ids, expected, info.outputs.get(guess.ids))
 
     def _check_observed(self) -> Iterator[Problem]:
         for name, spec in self._plan.observations.items():

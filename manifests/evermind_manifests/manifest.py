@@ -207,6 +207,21 @@ class ExpertsStep(
 Step: TypeAlias = GraphStep | ExpertsStep
 
 
+class Guess(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A graph that guesses which experts the router of `layer` is about to choose, in decode.
+
+    Its output `ids` is `(1, n)` i64, likeliest first; `inputs` and `weights` are as in a graph
+    step, of values that decode has before it runs the layer's experts and that do not grow.
+    A runtime may read these experts ahead, or ignore all guesses: nothing depends on them.
+    """
+
+    layer: Count
+    graph: PackagePath
+    inputs: dict[Name, Name]
+    ids: Name
+    weights: dict[Name, Name] = {}
+
+
 class Router(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What introspection reads of one router, as values that prefill produces.
 
@@ -251,6 +266,7 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pooled: Pooled | None = None
     observations: dict[Name, ValueSpec] = {}
     routers: tuple[Router, ...] = ()
+    guesses: tuple[Guess, ...] = ()
 
 
 class Parameters(Struct, frozen=True, kw_only=True):

@@ -90,6 +90,8 @@ def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         for number, step in enumerate(steps):
             if isinstance(step, GraphStep):
                 yield f"plan.{program}[{number}].graph", step.graph
+    for number, guess in enumerate(manifest.plan.guesses):
+        yield f"plan.guesses[{number}].graph", guess.graph
     if manifest.resident is not None:
         yield "resident", manifest.resident
     if manifest.tokenizer is not None and manifest.tokenizer.file is not None:
@@ -262,8 +264,34 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
             if alias in taken:
                 yield problem("plan-redefined", f"plan.inputs[{name!r}]", f"{alias!r} is taken")
             taken.add(alias)
+    yield from _check_guesses(manifest)
     for name in plan.observations.keys() & plan.outputs.keys():
         yield problem("plan-redefined", f"plan.observations[{name!r}]", "is an output too")
+
+
+def _check_guesses(manifest: Manifest) -> Iterator[Problem]:
+    """Each guess reads what decode has before it runs the experts of the guess's layer."""
+    plan = manifest.plan
+    fixed = {*plan.inputs, *(name for name, state in plan.state.items() if not state.grows)}
+    before: dict[int, set[str]] = {}
+    for step in plan.decode:
+        experts = step.experts if isinstance(step, GraphStep) else step
+        if experts is not None:
+            before.setdefault(experts.layer, set(fixed))
+        fixed |= {name for name in _writes(step) if name not in plan.state}
+    for number, guess in enumerate(plan.guesses):
+        place = f"plan.guesses[{number}]"
+        if guess.layer not in before:
+            yield problem("plan-experts", place, f"decode runs no experts of layer {guess.layer}")
+            continue
+        for name in sorted(set(guess.inputs.values()) - before[guess.layer]):
+            yield problem(
+                "plan-undefined",
+                place,
+                f"{name!r} is not there before the experts of layer {guess.layer} run, or grows",
+            )
+        if guess.weights and manifest.resident is None:
+            yield problem("plan-weights", place, "weights are bound, but `resident` is not set")
 
 
 def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> Iterator[Problem]:

@@ -7,12 +7,12 @@ grows is bound anew at each step; the row a step adds to it has a buffer of its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from evermind_manifests.manifest import GraphStep
+from evermind_manifests.manifest import GraphStep, Guess
 
 from .devices import Slot, host_value, numpy_dtype
 from .program import Choices, Engine, run_graph
@@ -33,6 +33,15 @@ _ONNX_TYPES: dict[str, Any] = {
 
 
 @dataclass(slots=True)
+class _BoundGuess:
+    layer: int
+    graph: str
+    session: Any
+    binding: ort.IOBinding
+    ids: Array
+
+
+@dataclass(slots=True)
 class _BoundStep:
     graph: str
     session: Any
@@ -48,6 +57,8 @@ class _BoundStep:
     growing: list[tuple[str, str]]
     # For a pooled step: what its routers chose (bound buffers).
     choices: Choices
+    # For fused experts: what later layers will probably need, to be read while these run.
+    guesses: list[_BoundGuess] = field(default_factory=list)
 
 
 class BoundDecode:
@@ -73,6 +84,9 @@ class BoundDecode:
         for step in steps:
             self._allocate(step)
         self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
+        for guess in plan.guesses:
+            if engine.pager.guesses(guess.layer):
+                self._place(guess, steps)
         # What a step on this side has just written.
         self._checked = tuple(
             {**self._values, **self._rows, **state.buffers[1 - side]} for side in (0, 1)
@@ -123,6 +137,10 @@ class BoundDecode:
             gates = None if step.gates is None else step.gates.tolist()[0]
             self._engine.counts.routed_one(step.layer, tokens[0], gates)
             with pager.acquire(step.layer, tokens[0]) as slots:
+                for guess in step.guesses:
+                    if pager.guesses(guess.layer):
+                        run_graph(guess.graph, guess.session, guess.binding)
+                        pager.guess(guess.layer, guess.ids[0].tolist())
                 self._rebind(step, slots)
                 run_graph(step.graph, step.session, step.binding)
         self._engine.finite.check(self._checked[state.side])
@@ -145,6 +163,32 @@ class BoundDecode:
                 continue
             shape = [dim if isinstance(dim, int) else 1 for dim in declared[name].shape]
             self._values[value] = np.zeros(shape, dtype=_ONNX_TYPES[declared[name].type])
+
+    def _place(self, guess: Guess, steps: Sequence[GraphStep]) -> None:
+        """Have the guess made as early as it can be: before the first experts that run after
+        all it reads is there, if they are not those it is about."""
+        missing = set(guess.inputs.values()) - self._engine.manifest.plan.state.keys()
+        missing -= self._engine.manifest.plan.inputs.keys()
+        for at, step in enumerate(steps):
+            if step.experts is not None and not missing:
+                if step.experts.layer != guess.layer:
+                    for side in (0, 1):
+                        self._sides[side][at].guesses.append(self._bind_guess(guess, side))
+                return
+            missing -= set(step.outputs.values())
+
+    def _bind_guess(self, guess: Guess, side: int) -> _BoundGuess:
+        session = self._engine.sessions.get(guess.graph)
+        binding = session.io_binding()
+        read = {**self._values, **self._state.buffers[side]}
+        for name, value in guess.inputs.items():
+            binding.bind_ortvalue_input(name, _value(read[value]))
+        for name, tensor in guess.weights.items():
+            binding.bind_ortvalue_input(name, self._engine.weight(tensor))
+        (declared,) = [one for one in session.get_outputs() if one.name == guess.ids]
+        ids = np.zeros(declared.shape, dtype=np.int64)
+        binding.bind_ortvalue_output(guess.ids, _value(ids))
+        return _BoundGuess(guess.layer, guess.graph, session, binding, ids)
 
     def _bind(self, step: GraphStep, side: int) -> _BoundStep:
         engine, state = self._engine, self._state

@@ -23,6 +23,7 @@ from .choose_policy import PolicyName, make_policy
 from .decode import BoundDecode
 from .devices import open_device
 from .generation import Piece, generate
+from .guessing import GuessMode
 from .introspection import Introspection, report
 from .layers import expert_layers
 from .memory import available_bytes
@@ -65,6 +66,7 @@ class Model:
         policy: PolicyName = "decayed",
         profile: str | os.PathLike[str] | None = None,
         io: IoMode = "auto",
+        guess: GuessMode = "auto",
         plan: PlanName = "auto",
     ) -> None:
         self._package = package
@@ -86,6 +88,7 @@ class Model:
                 make_policy(policy, layers, room, heat),
                 verify=verify,
                 io=io,
+                guess=guess,
             ),
         )
         #: The most that expert weights take in memory, in bytes.
@@ -270,6 +273,9 @@ class Model:
             bytes_read=counters.bytes_read,
             read_seconds=counters.read_seconds,
             wait_seconds=counters.wait_seconds,
+            prefetches=counters.prefetches,
+            prefetches_used=counters.prefetches_used,
+            prefetch_wasted_bytes=counters.prefetch_wasted_bytes,
             io=pager.reader.mode,
             io_note=pager.reader.note,
             resident_expert_bytes=slots.resident_bytes + pooled,
@@ -377,6 +383,7 @@ def load(
     profile: str | os.PathLike[str] | None = None,
     remote: RemoteOptions | None = None,
     io: IoMode = "auto",
+    guess: GuessMode = "auto",
     plan: PlanName = "auto",
 ) -> Model:
     """Open a package (a folder, one `.zip` file, or the URL of either) and make it ready to run.
@@ -396,6 +403,7 @@ def load(
     fits; `Model.plan` says which and why. `remote` says how a URL is read and which package
     alone will do; see docs/network.md. `io` says how experts are read: `"direct"` from the
     disk into place, `"buffered"` through the page cache, or what should be the faster of them.
+    `guess` `"off"` leaves a package's guesses of what the next layer will need unused.
 
     Raises `BudgetError` if one step's experts or the plan asked for do not fit,
     `DeviceError` for a device or thread count that cannot be had, `InputError` for a policy
@@ -416,6 +424,7 @@ def load(
             policy=policy,
             profile=profile,
             io=io,
+            guess=guess,
             plan=plan,
         )
     except BaseException:

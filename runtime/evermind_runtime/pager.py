@@ -19,12 +19,14 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import get_args
 
-from evermind_manifests.errors import ClosedError, GraphError
+from evermind_manifests.errors import ClosedError, GraphError, InputError
 from evermind_manifests.package import Package
 
 from .budget import check_budget
 from .devices import Device, Slot
+from .guessing import GuessMode, GuessRecord
 from .layers import slot_bytes
 from .policies import ExpertKey, Policy
 from .read_plan import AHEAD, plan_batches, reads_in_threads
@@ -47,6 +49,10 @@ class PagerCounters:
     read_seconds: float = 0.0
     #: What callers spent until the experts they missed were there, whoever read them.
     wait_seconds: float = 0.0
+    #: Experts read on a guess, those of them that were needed, and the bytes of the others.
+    prefetches: int = 0
+    prefetches_used: int = 0
+    prefetch_wasted_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -67,6 +73,7 @@ class Job:
         "done",
         "error",
         "gates",
+        "guess",
         "keys",
         "read",
         "slots",
@@ -74,9 +81,11 @@ class Job:
         "wanted",
     )
 
-    def __init__(self, wanted: bool) -> None:
+    def __init__(self, *, wanted: bool, guess: bool = False) -> None:
         #: Whether a step waits for it; else it is read ahead, and may be given up.
         self.wanted = wanted
+        #: Whether it is read on a guess: with what the disk can spare, in pieces.
+        self.guess = guess
         self.keys: list[ExpertKey] = []
         self.slots: list[Slot] = []
         #: Bytes read so far, by key.
@@ -142,12 +151,15 @@ class Pager:
         *,
         verify: Verify = "first",
         io: IoMode = "auto",
+        guess: GuessMode = "auto",
     ) -> None:
         """No expert is read yet.
 
         Raises `BudgetError` if not even one step fits, `InputError` for an unknown option or
         direct reads that cannot be had.
         """
+        if guess not in get_args(GuessMode):
+            raise InputError(f"guess: expected one of {get_args(GuessMode)}, found {guess!r}")
         check_budget(budget, package.manifest)
         self.budget = budget
         self.counters = PagerCounters()
@@ -167,10 +179,18 @@ class Pager:
         # Jobs nobody has begun: what steps wait for, and what is read ahead.
         self._urgent: deque[Job] = deque()
         self._later: deque[Job] = deque()
+        self._guesses: deque[Job] = deque()
         # Steps that wait for reads: nothing is read ahead meanwhile.
         self._demands = 0
         # What was read ahead, by layer, and is kept until the layer's step needs it.
         self._held: dict[int, set[ExpertKey]] = {}
+        # What the last guess for a layer has reading, and how guesses have done. With all
+        # experts resident there is nothing to guess.
+        self._guessed: dict[int, dict[ExpertKey, Job]] = {}
+        self._records: dict[int, GuessRecord] = {}
+        all_fit = self._table.most >= sum(self._experts.values())
+        if guess == "auto" and self._readers and not all_fit:
+            self._records = {layer: GuessRecord() for layer in self._experts}
         # Held locks of callers that wait for room.
         self._waiting: list[threading.Lock] = []
         # What was pinned by those who were interrupted before they could let go.
@@ -188,6 +208,15 @@ class Pager:
             self._policy.routed(layer, tokens)
             if self.recorder:
                 self.recorder(layer, tokens)
+            if self._held:
+                self._held.pop(layer, None)
+            if guessed := self._guessed.pop(layer, None):
+                self._resolve(layer, guessed, tokens)
+
+    def guesses(self, layer: int) -> bool:
+        """Whether guesses for `layer` are of use."""
+        record = self._records.get(layer)
+        return record is not None and record.on
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Pins:
         """The slots of these experts of one layer, pinned while its `with` runs.
@@ -224,7 +253,12 @@ class Pager:
                 self._held.pop(layer, None)
 
     def read_ahead(
-        self, layer: int, experts: Sequence[int], *, keep: Collection[ExpertKey] = ()
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        keep: Collection[ExpertKey] = (),
+        guess: bool = False,
     ) -> None:
         """Begin to read what `layer` will need soon, where there is room for it.
 
@@ -233,20 +267,26 @@ class Pager:
         """
         if self._readers is None:
             return
-        table = self._table
-        with self._lock:
-            held = self._held.setdefault(layer, set())
-            held.update((layer, expert) for expert in experts)
-            for key in [(layer, expert) for expert in experts]:
-                if key in table.resident or key in table.loading:
-                    continue
-                if self._closed or self._waiting or not table.has_room():
-                    break
-                slot = table.take(lambda one: self._spare(one) and one not in keep)
-                if slot is None:
-                    break
-                self._later.append(self._begin([(key, slot)], wanted=False))
-                self._readers.wake(self._work)
+        keys = [(layer, expert) for expert in experts]
+        try:
+            with self._lock:
+                self._held.setdefault(layer, set()).update(keys)
+                for key in keys:
+                    if key in self._table.resident or key in self._table.loading:
+                        continue
+                    if self._closed or self._waiting or not self._table.has_room():
+                        break
+                    slot = self._table.take(lambda one: self._spare(one) and one not in keep)
+                    if slot is None:
+                        break
+                    job = self._begin([(key, slot)], wanted=False, guess=guess)
+                    if guess:
+                        self._guessed.setdefault(layer, {})[key] = job
+                    (self._guesses if guess else self._later).append(job)
+                    self._readers.wake(self._work)
+        except BaseException:
+            self._recover()
+            raise
 
     def served(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         """For each token, the experts it used of a layer where all stand in pools."""
@@ -257,6 +297,14 @@ class Pager:
                     self.pages[layer, expert].hits += 1
             if self.recorder:
                 self.recorder(layer, tokens)
+
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Read ahead what `layer`'s router will probably choose, likeliest first.
+
+        Only while no step waits for a read; what is no expert of the layer is passed over.
+        """
+        known = [expert for expert in experts if 0 <= expert < self._experts[layer]]
+        self.read_ahead(layer, known, guess=True)
 
     def close(self) -> None:
         """Drop every slot. Reads that run are waited for, what waits is refused."""
@@ -368,8 +416,10 @@ class Pager:
                 self._readers.wake(self._work)
         return jobs
 
-    def _begin(self, taken: Sequence[tuple[ExpertKey, Slot]], *, wanted: bool) -> Job:
-        job = Job(wanted)
+    def _begin(
+        self, taken: Sequence[tuple[ExpertKey, Slot]], *, wanted: bool, guess: bool = False
+    ) -> Job:
+        job = Job(wanted=wanted, guess=guess)
         self._demands += wanted
         for key, slot in taken:
             job.keys.append(key)
@@ -423,10 +473,11 @@ class Pager:
             self._perform(job)
 
     def _next_job(self) -> Job | None:
-        for queue in (self._urgent, self._later):
-            while queue and (queue is self._urgent or not self._demands):
+        for queue in (self._urgent, self._later, self._guesses):
+            while queue and not (queue is self._guesses and self._demands):
                 job = queue.popleft()
                 if not job.claimed:
+                    self.counters.prefetches += job.guess and not job.wanted
                     return job
         return None
 
@@ -435,7 +486,7 @@ class Pager:
         started = time.perf_counter()
         error: BaseException | None = None
         try:
-            proceed = None if job.wanted else lambda: self._proceeds(job)
+            proceed = (lambda: self._proceeds(job)) if job.guess and not job.wanted else None
             self.reader.fill(job.keys, job.slots, job.read, proceed)
         except BaseException as caught:
             error = caught
@@ -446,7 +497,7 @@ class Pager:
                 self._settle(job, error)
 
     def _proceeds(self, job: Job) -> bool:
-        """Whether what is read ahead should go on: not while a step waits for other reads."""
+        """Whether a guess should be read on: not while a step waits for other reads."""
         return job.wanted or not (job.cancelled or self._demands)
 
     def _settle(self, job: Job, error: BaseException | None) -> None:
@@ -463,9 +514,29 @@ class Pager:
         self._demands -= job.wanted
         _open(job.gates)
         _open(self._waiting)
-        if self._readers and not self._demands:
-            for _ in self._later:
+        if job.cancelled or isinstance(error, ReadAbandonedError):
+            self.counters.prefetch_wasted_bytes += sum(job.read)
+        if self._guesses and self._readers and not self._demands:
+            for _ in self._guesses:
                 self._readers.wake(self._work)
+
+    def _resolve(
+        self, layer: int, guessed: dict[ExpertKey, Job], tokens: Sequence[Sequence[int]]
+    ) -> None:
+        """A layer's step begins: what was guessed right, and what need not be read on."""
+        needed = {(layer, expert) for experts in tokens for expert in experts}
+        for key, job in guessed.items():
+            used = key in needed
+            if job.claimed and not isinstance(job.error, ReadAbandonedError):
+                self._records[layer].resolved(used=used)
+                self.counters.prefetches_used += used
+            if used:
+                continue
+            if job.done:
+                self.counters.prefetch_wasted_bytes += sum(job.read)
+            else:
+                job.cancelled = True
+                self._give_up(job)
 
     def _cancel(self) -> None:
         """Give up what is read ahead: a step needs the room."""

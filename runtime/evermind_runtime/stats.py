@@ -12,9 +12,10 @@ class Stats:
 
     A hit is an expert a step needed and found resident, a miss one that had to be read.
     `read_seconds` adds up what reads took, of which several may run at once; `wait_seconds` is
-    what steps waited for the experts they missed. `io` is how experts are read, "direct" or
-    "buffered", and `io_note` why not directly. `resident_expert_bytes` counts whole slots, in
-    the dtype the experts are held in.
+    what steps waited for the experts they missed. `prefetches` experts were read on a guess,
+    of which `prefetches_used` were needed; `prefetch_wasted_bytes` were read for the others.
+    `io` is how experts are read, "direct" or "buffered", and `io_note` why not directly.
+    `resident_expert_bytes` counts whole slots, in the dtype the experts are held in.
     """
 
     tokens: int
@@ -24,6 +25,9 @@ class Stats:
     bytes_read: int
     read_seconds: float
     wait_seconds: float
+    prefetches: int
+    prefetches_used: int
+    prefetch_wasted_bytes: int
     io: str
     io_note: str
     resident_expert_bytes: int

@@ -17,6 +17,7 @@ from evermind_manifests.manifest import (
     ExpertsStep,
     FusedExperts,
     GraphStep,
+    Guess,
     Layer,
     Plan,
     Pool,
@@ -34,7 +35,7 @@ from ..onnx_graph import ExternalTensor, GraphBuilder
 from .evermind import EvermindFamily
 from .kind import expert_kind, fused_experts
 from .pooled import pool_bindings, pool_inputs, pooled_experts
-from .relu_expert import KIND, TENSORS, Routed, expert, expert_layout, route
+from .relu_expert import KIND, TENSORS, Routed, choose, expert, expert_layout, route
 
 _EMBEDDING = "token_embedding.weight"
 # Source: specs/evermind-formats.md, section 8.3.
@@ -94,6 +95,8 @@ class EvermindLm(EvermindFamily):
         for segment in range(dims.layers + 1):
             graphs[_path("prefill", segment)] = _segment(dims, segment, resident, None)
             graphs[_path("decode", segment)] = _segment(dims, segment, resident, layout)
+        for layer in range(1, dims.layers):
+            graphs[_path("guess", layer)] = _guess_graph(dims, layer, resident)
         graphs[_pooled_path("prefill")] = _pooled(dims, "T", resident, layout)
         graphs[_pooled_path("decode")] = _pooled(dims, 1, resident, layout)
 
@@ -123,6 +126,7 @@ class EvermindLm(EvermindFamily):
                 state=state,
                 prefill=tuple(_prefill_steps(dims)),
                 decode=tuple(_step(dims, "decode", segment) for segment in range(dims.layers + 1)),
+                guesses=tuple(_guess(dims, layer) for layer in range(1, dims.layers)),
                 pooled=Pooled(
                     prefill=(_pooled_step(dims, "prefill", layout),),
                     decode=(_pooled_step(dims, "decode", layout),),
@@ -267,14 +271,45 @@ def _head(b: GraphBuilder, x: str) -> str:
     return str(b.op("Gemm", x, b.weight(_EMBEDDING), transB=1))
 
 
+def _guess(dims: _Dims, layer: int) -> Guess:
+    inputs = {"base": f"base.{layer - 1}"}
+    if dims.kernel > 1:
+        inputs["conv"] = f"conv.{layer}"
+    return Guess(layer=layer, graph=_path("guess", layer), inputs=inputs, ids="ids")
+
+
+def _guess_graph(dims: _Dims, layer: int, resident: Mapping[str, ExternalTensor]) -> bytes:
+    """The layer's norms, convolution and router on what is known before the experts below ran.
+
+    On the demo's model 62 %, 97 % and 96 % of the top-2 of layers 1 to 3 are guessed right
+    (without the convolution 63, 87 and 88 %; by the token before 23 to 27 %).
+    """
+    b = GraphBuilder(f"guess_{layer}", resident)
+    x = b.input("base", "f32", [1, dims.d_model])
+    prefix = f"layers.{layer}."
+    n = _rms_norm(b, x, f"{prefix}norm_conv.weight")
+    convolved = _convolution(b, n, prefix, dims, 1, "", keep=False)
+    n = _rms_norm(b, b.op("Add", x, convolved), f"{prefix}norm_moe.weight")
+    _, ids = choose(b, n, f"{prefix}moe.", dims.top_k)
+    b.output(ids, "ids", "i64", [1, dims.top_k])
+    return b.build()
+
+
 def _rms_norm(b: GraphBuilder, x: str, gain: str) -> str:
     return str(b.op("RMSNormalization", x, b.weight(gain), axis=-1, epsilon=_EPSILON))
 
 
 def _convolution(
-    b: GraphBuilder, n: str, prefix: str, dims: _Dims, tokens: int | str, state: str
+    b: GraphBuilder,
+    n: str,
+    prefix: str,
+    dims: _Dims,
+    tokens: int | str,
+    state: str,
+    *,
+    keep: bool = True,
 ) -> str:
-    """The causal depthwise convolution of `n`; declares the state input and output.
+    """The causal depthwise convolution of `n`; declares the state input, and output if kept.
 
     Tap j is the lag, so the taps are reversed to meet the window, which is oldest first.
     """
@@ -284,10 +319,11 @@ def _convolution(
     if dims.kernel > 1:
         state_dims = [dims.kernel - 1, dims.d_model]
         window = b.op("Concat", b.input(f"conv{state}", "f32", state_dims), n, axis=0)
-        last = b.op(
-            "Slice", window, b.const([1 - dims.kernel]), b.const([_SLICE_END]), b.const([0])
-        )
-        b.output(last, f"conv_out{state}", "f32", state_dims)
+        if keep:
+            last = b.op(
+                "Slice", window, b.const([1 - dims.kernel]), b.const([_SLICE_END]), b.const([0])
+            )
+            b.output(last, f"conv_out{state}", "f32", state_dims)
     if tokens == 1:
         products = b.op("Mul", window, b.op("Transpose", taps, perm=[1, 0]))
         return str(b.op("ReduceSum", products, b.const([0]), keepdims=1))

@@ -48,9 +48,15 @@ def ffn(b: GraphBuilder, x: str, weights: Mapping[str, str]) -> str:
 
 def route(b: GraphBuilder, x: str, prefix: str, top_k: int) -> Routed:
     """Router, top-k gates and the shared expert for `x` `(rows, d)`; weights at `prefix`."""
-    router = b.cast(b.weight(f"{prefix}router.weight"), "f64")
-    logits = b.cast(b.op("Gemm", b.cast(x, "f64"), router, transB=1), "f32")
-    top, ids = b.op("TopK", logits, b.const([top_k]), outputs=2, axis=-1, largest=1, sorted=1)
+    top, ids = choose(b, x, prefix, top_k)
     gates = b.op("Softmax", top, axis=-1)
     shared = ffn(b, x, {name: b.weight(f"{prefix}shared.{name}") for name in TENSORS})
     return Routed(shared, ids, gates)
+
+
+def choose(b: GraphBuilder, x: str, prefix: str, top_k: int) -> tuple[str, str]:
+    """The router alone: the best logits of `x` `(rows, d)`, and their experts' ids."""
+    router = b.cast(b.weight(f"{prefix}router.weight"), "f64")
+    logits = b.cast(b.op("Gemm", b.cast(x, "f64"), router, transB=1), "f32")
+    top, ids = b.op("TopK", logits, b.const([top_k]), outputs=2, axis=-1, largest=1, sorted=1)
+    return top, ids
