@@ -34,6 +34,7 @@ from evermind_runtime.machine import Extent, Machine, measure_machine, shard_ext
 from evermind_runtime.openers import open_location
 from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile
 from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes, pooled_sizes
+from evermind_runtime.stores.options import RemoteOptions
 from evermind_runtime.stores.urls import is_url
 from evermind_runtime.trace import Trace
 
@@ -70,22 +71,29 @@ class Subject:
 
 @contextmanager
 def open_subject(
-    location: str, *, dtype: ExpertDType = "f16", context: int | None = None
+    location: str,
+    *,
+    dtype: ExpertDType = "f16",
+    context: int | None = None,
+    remote: RemoteOptions | None = None,
 ) -> Iterator[Subject]:
     """What `location` is: a package in any form, or a `config.json` or the folder it lies in.
 
     `dtype` is for a config: how its experts will be stored; `context` is how many tokens a
-    sequence has. Raises what opening a package or reading a config raises.
+    sequence has; `remote` says how a URL is read. Raises what opening a package or reading a
+    config raises.
     """
     path = Path(location)
-    if path.is_dir() and not (path / MANIFEST_NAME).exists() and (path / CONFIG_NAME).exists():
-        path = path / CONFIG_NAME
-    if path.name == MANIFEST_NAME and path.is_file():
-        location = str(path.parent)
-    elif path.is_file() and (read_head(path, 1) or b"").startswith(b"{"):
-        yield _config_subject(path, dtype, context)
-        return
-    with open_location(location) as package:
+    if not is_url(location):
+        head = read_head(location, 1)
+        if head is None and not (path / MANIFEST_NAME).exists() and (path / CONFIG_NAME).is_file():
+            path, head = path / CONFIG_NAME, b"{"
+        if head is not None and path.name == MANIFEST_NAME:
+            location = str(path.parent)
+        elif head == b"{":
+            yield _config_subject(path, dtype, context)
+            return
+    with open_location(location, remote) as package:
         yield package_subject(package, context, here=not is_url(location))
 
 

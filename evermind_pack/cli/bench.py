@@ -33,17 +33,19 @@ from evermind_pack.planning import (
 )
 
 from .arrays import check_targets
-from .plan import machine_rows, model_rows, number, seconds, shown
+from .plan import machine_rows, model_rows, shown
 from .plots import plot_speeds
 from .run import token_ids
 from .terminal import (
     human_bytes,
+    number,
     positive_int,
     print_columns,
     print_json,
     print_table,
     progress,
     remark,
+    seconds,
 )
 
 EXAMPLES = """\
@@ -235,7 +237,7 @@ def _check(args: argparse.Namespace) -> None:
     if is_url(args.package):
         raise InputError(
             f"{args.package}: expected a package on this machine",
-            hint="What a network gives at the moment says nothing of a package: fetch it first.",
+            hint="Fetch it first: evermind-pack pull URL -o FOLDER.",
         )
     if args.max_new < _LEAST_NEW:
         raise InputError(f"--max-new: expected {_LEAST_NEW} or more, found {args.max_new}")

@@ -27,7 +27,18 @@ from evermind_pack.planning import (
     standard_budgets,
 )
 
-from .terminal import human_bytes, positive_int, print_columns, print_json, print_table, remark
+from .remote import add_remote_arguments, remote_options
+from .terminal import (
+    human_bytes,
+    number,
+    positive_int,
+    print_columns,
+    print_json,
+    print_table,
+    rate,
+    remark,
+    seconds,
+)
 
 EXAMPLES = """\
   evermind-pack plan demo/package
@@ -91,13 +102,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("f16", "bf16", "f32"),
         help="how the experts of a config.json will be stored (default: f16)",
     )
+    add_remote_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the forecasts; 1 where not even the least budget fits."""
-    with open_subject(args.model, dtype=args.dtype or "f16", context=args.context) as subject:
+    with open_subject(
+        args.model,
+        dtype=args.dtype or "f16",
+        context=args.context,
+        remote=remote_options(args),
+    ) as subject:
         if subject.manifest is not None and args.dtype:
             raise InputError("--dtype has no meaning for a package: it is made")
+        if subject.manifest is None and args.digest:
+            raise InputError("--digest has no meaning for a config.json: it is no package")
         if not subject.sizes.layers:
             raise InputError(f"{args.model}: there are no experts to page")
         trace, profile = _routing(args, subject)
@@ -305,20 +324,3 @@ def shown(values: Range, text: Any) -> str:
     low, high = sorted((values.even, values.skewed))
     one, other = text(low), text(high)
     return one if one == other else f"{one} to {other}"
-
-
-def number(value: float) -> str:
-    """Three digits that count."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def seconds(value: float) -> str:
-    """`12 ms`, `3.4 s`."""
-    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.1f} s"
-
-
-def rate(value: float) -> str:
-    """Bytes per second, as `1.2 GB/s`."""
-    return f"{value / 1e9:,.2f} GB/s" if value >= 1e9 else f"{value / 1e6:,.1f} MB/s"

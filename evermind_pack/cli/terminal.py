@@ -80,6 +80,23 @@ def human_bytes(count: int) -> str:
     return f"{size:,.1f} TiB"
 
 
+def number(value: float) -> str:
+    """Three digits that count."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def seconds(value: float) -> str:
+    """`12 ms`, `3.4 s`."""
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.1f} s"
+
+
+def rate(value: float) -> str:
+    """Bytes per second, as `1.2 GB/s`."""
+    return f"{value / 1e9:,.2f} GB/s" if value >= 1e9 else f"{value / 1e6:,.1f} MB/s"
+
+
 def let_threads_sleep() -> None:
     """Have OpenMP's threads wait without spinning; call before torch is imported.
 

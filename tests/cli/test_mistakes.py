@@ -44,6 +44,8 @@ def commands(place: Any, tmp_path: Path) -> list[list[Any]]:
         ["export", place, "-o", tmp_path / "new"],
         ["convert", place, "-o", tmp_path / "new", "--to", "evl0"],
         ["trace", place, "--tokens", "1", "-o", tmp_path / "new"],
+        ["plan", place],
+        ["bench", place],
     ]
 
 
