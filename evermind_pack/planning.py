@@ -1,7 +1,7 @@
 """What `plan` and `bench` forecast for: a package, or a model known by its config only.
 
-Of a package only the manifest is read (and its routing profile, where it has one), of a Hugging
-Face model only `config.json`: no weight is read, and none need be there.
+Of a package only the manifest is looked into (and its routing profile, where it has one), of a
+Hugging Face model only `config.json`: no weight need be there.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from evermind_runtime.choose_plan import PLAN_NAMES
 from evermind_runtime.forecast import process_bytes
 from evermind_runtime.machine import Machine
 from evermind_runtime.openers import open_location
+from evermind_runtime.profile import read_profile
 from evermind_runtime.sizes import ModelSizes, generates
 from evermind_runtime.stores.urls import is_url
 from evermind_runtime.tokenizer import open_codec
@@ -149,10 +150,10 @@ def run(args: argparse.Namespace) -> int:
     with open_location(args.package) as package:
         subject = package_subject(package)
         prompt = _prompt(args, package)
-        trace = None
-        if args.trace:
-            trace = read_trace(args.trace).of(subject.sizes.layers, str(args.trace))
-        if args.plot and not subject.sizes.layers:
+        layers = subject.sizes.layers
+        trace = read_trace(args.trace).of(layers, str(args.trace)) if args.trace else None
+        profile = read_profile(args.profile, layers) if args.profile else subject.profile
+        if args.plot and not layers:
             raise InputError("--plot: a package without experts has no budgets to compare")
         budgets = _budgets(args.budgets, package.manifest, subject.sizes)
         machine = subject.measure(args.threads)
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             plan=args.plan,
             policy="lru" if args.policy == "lru" else "decayed",
             trace=trace,
-            profile=subject.profile,
+            profile=profile,
             prompt_tokens=rows,
             memory=machine.available.bytes if machine.available else None,
         )

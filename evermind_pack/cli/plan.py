@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a package, its manifest.json, or a Hugging Face config.json or its folder: "
-        "no weight is read, and none need be there",
+        "no weight need be there",
     )
     parser.add_argument(
         "--budget",
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the forecasts; 1 where not even the least budget fits."""
+    """Print the forecasts; 1 where none of the budgets fits."""
     with open_subject(
         args.model,
         dtype=args.dtype or "f16",

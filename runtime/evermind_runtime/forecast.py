@@ -8,7 +8,7 @@ OLMoE's, unless a recorded trace says more. The formula and its inputs travel wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -69,14 +69,10 @@ Verdict: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """From even routing to skewed routing; whichever is the larger number."""
+    """A figure under even and under skewed routing; either may be the larger."""
 
     even: float
     skewed: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +268,9 @@ def _ttft(
         choices = choices / chunks
         first = used = 0.0
         for layer in sizes.layers:
-            used += layer.experts * (1 - (1 - layer.top_k / layer.experts) ** choices)
-            first = used * layer.bytes
+            chosen = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** choices)
+            used += chosen
+            first += chosen * layer.bytes
         # What the budget holds of a chunk is there for the next.
         read = first * (1 + (chunks - 1) * (1 - budget / total if total else 0.0))
         runs = chunks * (used + 2 * sizes.graph_runs)
@@ -308,5 +305,5 @@ def _hottest(sizes: ModelSizes, budget: int, profile: Profile) -> float:
     return served / max(1, sum(weight.values()))
 
 
-def _each(hit_rate: Range, figure: Any) -> Range:
+def _each(hit_rate: Range, figure: Callable[[float], float]) -> Range:
     return Range(figure(hit_rate.even), figure(hit_rate.skewed))
