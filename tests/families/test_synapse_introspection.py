@@ -14,6 +14,7 @@ from evermind_runtime.observer import KEPT_TOKENS
 
 from evermind_pack.cli import main
 from tests.golden_families import family_case
+from tests.packages import export, lm_source
 
 from .synapse import forget_window, package
 
@@ -336,3 +337,19 @@ def test_run_introspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([*command, "-q", "--prometheus", files[0], "--heatmap", files[1]]) == 0
     assert 'evermind_expert_magnitude{layer="0",expert="0"}' in Path(files[0]).read_text()
     assert Path(files[1]).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+def test_other_families_have_statistics_too(tmp_path: Path, steps: Any) -> None:
+    with em.load(export(lm_source(), tmp_path / "package")) as model:
+        plain = model.forward({"tokens": np.arange(12)}, steps=steps)
+        model.observe()
+        found = model.forward({"tokens": np.arange(12)}, steps=steps)
+        np.testing.assert_allclose(found["logits"], plain["logits"], rtol=1e-4, atol=1e-4)
+        report = model.introspect()
+    for layer in report.layers:
+        ran = [one for one in layer.experts if one.tokens]
+        assert all(one.statistics["magnitude"] > 0 for one in ran)
+        # About half of what a ReLU gives is nothing.
+        assert 0.2 < np.mean([one.statistics["sparsity"] for one in ran]) < 0.8
+        assert layer.specialization > 0

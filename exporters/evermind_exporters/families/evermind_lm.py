@@ -35,7 +35,16 @@ from ..onnx_graph import ExternalTensor, GraphBuilder
 from .evermind import EvermindFamily
 from .kind import expert_kind, fused_experts
 from .pooled import pool_bindings, pool_inputs, pooled_experts
-from .relu_expert import KIND, TENSORS, Routed, choose, expert, expert_layout, route
+from .relu_expert import (
+    KIND,
+    TENSORS,
+    Routed,
+    choose,
+    expert,
+    expert_layout,
+    route,
+    with_hidden,
+)
 
 _EMBEDDING = "token_embedding.weight"
 # Source: specs/evermind-formats.md, section 8.3.
@@ -114,7 +123,11 @@ class EvermindLm(EvermindFamily):
         per_expert = 2 * dims.d_model * dims.hidden + dims.hidden + dims.d_model
         trunk = dims.d_model * (dims.kernel + 2 + dims.experts)
         return Blueprint(
-            kinds={KIND: expert_kind(layout, (dims.d_model, dims.d_model), expert)},
+            kinds={
+                KIND: expert_kind(
+                    layout, (dims.d_model, dims.d_model), expert, with_hidden=with_hidden
+                )
+            },
             layers=tuple(
                 Layer(layer=layer, kind=KIND, experts=dims.experts, top_k=dims.top_k)
                 for layer in range(dims.layers)

@@ -36,8 +36,13 @@ def expert_layout(d_model: int, hidden: int, dtype: DType) -> ShardLayout:
 
 def expert(b: GraphBuilder, x: str, weights: Mapping[str, Weight]) -> str:
     """One expert on `x` `(rows, d)`."""
-    up = linear(b, x, weights["w1"], weights["b1"])
-    return linear(b, b.op("Relu", up), weights["w2"], weights["b2"])
+    return with_hidden(b, x, weights)[0]
+
+
+def with_hidden(b: GraphBuilder, x: str, weights: Mapping[str, Weight]) -> tuple[str, str]:
+    """One expert on `x` `(rows, d)`, and its hidden values."""
+    hidden = b.op("Relu", linear(b, x, weights["w1"], weights["b1"]))
+    return linear(b, hidden, weights["w2"], weights["b2"]), hidden
 
 
 def ffn(b: GraphBuilder, x: str, weights: Mapping[str, str]) -> str:

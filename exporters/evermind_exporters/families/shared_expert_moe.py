@@ -22,7 +22,7 @@ from ..onnx_graph import ExternalTensor, GraphBuilder
 from .evermind import EvermindFamily
 from .kind import expert_kind, fused_experts
 from .pooled import pool_bindings, pool_inputs, pooled_experts
-from .relu_expert import KIND, TENSORS, expert, expert_layout, route
+from .relu_expert import KIND, TENSORS, expert, expert_layout, route, with_hidden
 
 
 class SharedExpertMoe(EvermindFamily):
@@ -141,7 +141,7 @@ class SharedExpertMoe(EvermindFamily):
         )
         per_expert = 2 * d_model * hidden + hidden + d_model
         return Blueprint(
-            kinds={KIND: expert_kind(layout, (d_model, d_model), expert)},
+            kinds={KIND: expert_kind(layout, (d_model, d_model), expert, with_hidden=with_hidden)},
             layers=(Layer(layer=0, kind=KIND, experts=experts, top_k=top_k),),
             graphs={
                 "graphs/router.onnx": router,
