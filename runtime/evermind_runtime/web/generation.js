@@ -1,0 +1,65 @@
+// The generation loop: prompt in, tokens out, one at a time.
+
+import { InputError } from "./errors.js";
+import { Sampler } from "./sampling.js";
+
+/** An async iterator of {token, text, routes}; arguments are checked before the first token. */
+export function generate(model, prompt, options, state, signal) {
+  const { plan, generation, family } = model.manifest;
+  if (!plan.inputs.has("tokens") || !plan.outputs.has("logits"))
+    throw new InputError(`a package of family '${family}' does not generate text`, {
+      hint: "Use `forward` with named arrays.",
+    });
+  const limit = options.maxNewTokens ?? generation.maxNewTokens;
+  if (!Number.isSafeInteger(limit) || limit < 0)
+    throw new InputError(`maxNewTokens: expected 0 or more, found ${limit}`);
+  const temperature = options.temperature ?? generation.temperature;
+  if (typeof temperature !== "number" || Number.isNaN(temperature))
+    throw new InputError(`temperature: expected a number, found ${temperature}`);
+  const ids = encode(model, prompt);
+  const vocabulary = plan.inputs.get("tokens").limit ?? Infinity;
+  const bad = ids.find((id) => !Number.isSafeInteger(id) || id < 0 || id >= vocabulary);
+  if (bad !== undefined)
+    throw new InputError(`prompt: expected token ids from 0 to ${vocabulary - 1}, found ${bad}`);
+  const sampler = new Sampler(temperature, options.seed ?? 1);
+  const stops = new Set(options.stopTokens ?? generation.stopTokens);
+  return loop(model, ids, limit, sampler, stops, state, signal);
+}
+
+function encode(model, prompt) {
+  if (typeof prompt !== "string") return Array.from(prompt, Number);
+  if (!model.codec)
+    throw new InputError("prompt: this package has no tokenizer, so it cannot take text", {
+      hint: "Pass an array of token ids.",
+    });
+  return model.codec.encode(prompt);
+}
+
+async function* loop(model, prompt, limit, sampler, stops, state, signal) {
+  const text = model.codec?.stream();
+  // An empty prompt starts from token 0, which does not stay as context.
+  let forget = prompt.length ? null : state.save();
+  const pending = prompt.length ? prompt : [0];
+  if (limit && pending.length > 1)
+    await model.forward({ tokens: pending.slice(0, -1) }, { state, outputs: [], signal });
+  let token = pending.at(-1);
+  for (let made = 1; made <= limit; made++) {
+    const { values, routes } = await model.forward({ tokens: [token] }, { state, outputs: ["logits"], signal });
+    const { data, shape } = values.get("logits");
+    token = sampler.pick(data.subarray(data.length - shape.at(-1)));
+    if (forget) state.restore(forget);
+    forget = null;
+    const last = made === limit || stops.has(token);
+    const piece = (text?.push(token) ?? "") + (last ? (text?.finish() ?? "") : "");
+    yield { token, text: piece, routes: routesOfToken(routes.at(-1)) };
+    if (last) return;
+  }
+}
+
+function routesOfToken(routes) {
+  return [...routes].map(([layer, { ids, gates }]) => ({
+    layer,
+    experts: Array.from(ids.data, Number),
+    gates: Array.from(gates.data),
+  }));
+}
