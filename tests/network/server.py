@@ -22,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from evermind_runtime.stores.media import media_type
+
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -137,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(503, b"")
             return
         status, begin, end = 200, 0, len(data)
-        extra = {"ETag": self.tag(data), **how.headers}
+        extra = {"ETag": self.tag(data), "Content-Type": media_type(path), **how.headers}
         match = _RANGE.fullmatch(self.headers.get("Range", ""))
         if match and how.ranges:
             begin = int(match[1])

@@ -178,8 +178,10 @@ class Page:
     def go(self, url: str) -> None:
         """Open `url` and wait until it is loaded."""
         self.call("Page.navigate", {"url": url})
-        self.run("await new Promise((r) => document.readyState === 'complete' ? r() "
-                 ": addEventListener('load', r))")
+        self.run(
+            "await new Promise((r) => document.readyState === 'complete' ? r() "
+            ": addEventListener('load', r))"
+        )
 
     def run(self, code: str, **arguments: Any) -> Any:
         """What the body of an async function returns; `arguments` are its constants.
@@ -188,8 +190,9 @@ class Page:
         """
         names = ", ".join(arguments)
         values = ", ".join(json.dumps(value) for value in arguments.values())
+        body = f"(async () => {{ {code} }})()"
         wrapped = (
-            f"(async ({names}) => {{ try {{ return {{ value: await (async () => {{ {code} }})() }}; }}"
+            f"(async ({names}) => {{ try {{ return {{ value: await {body} }}; }}"
             " catch (error) { return { name: error?.name ?? 'Error', "
             f"message: String(error?.message ?? error) }}; }} }})({values})"
         )

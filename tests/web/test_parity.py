@@ -1,0 +1,109 @@
+"""Every family in a real browser gives what the Python runtime gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import evermind_runtime as em
+import numpy as np
+import pytest
+from evermind_manifests.package import open_package
+
+from tests.families import synapse, tilelli
+from tests.network.server import Server
+from tests.packages import export, golden_source, lm_source, random_source
+
+from .browser import Browser
+from .site import from_page, run, to_page
+
+pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
+
+TOLERANCE = 1e-4
+
+
+def tokitai(folder: Path) -> Path:
+    return export(random_source("tokitai-moe", {"module": "moe", "size": "nano"}), folder / "p")
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "evermind-lm": lambda folder: export(golden_source("lm_small"), folder / "p"),
+    "evermind-lm-pool": lambda folder: export(lm_source(), folder / "p", layout="pool"),
+    "shared-expert-moe": lambda folder: export(golden_source("moe_small"), folder / "p"),
+    "limbic": lambda folder: export(golden_source("limbic_small"), folder / "p"),
+    "synapse-pool": lambda _: synapse.package("pool", "f16"),
+    "synapse-model": lambda _: synapse.package("model", "f16"),
+    "tokitai-nano": tokitai,
+    "tilelli-block": lambda folder: tilelli.package(
+        tilelli.golden_model(folder / "m", "tilelli_block_p5_b4_k2"), folder / "p"
+    ),
+    "tilelli-lm": lambda folder: tilelli.package(
+        tilelli.golden_model(folder / "m", tilelli.LM), folder / "p"
+    ),
+}
+
+
+def random_inputs(package: Path, tokens: int = 7) -> dict[str, np.ndarray]:
+    """Inputs of the plan's shapes."""
+    rng = np.random.default_rng(5)
+    found = {}
+    with open_package(package) as one:
+        for name, spec in one.manifest.plan.inputs.items():
+            shape = [tokens if isinstance(dim, str) else dim for dim in spec.shape]
+            if spec.dtype == "i64":
+                found[name] = rng.integers(0, spec.limit or 2, size=shape)
+            else:
+                found[name] = rng.normal(size=shape).astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_browser_computes_what_python_computes(
+    family: str, tmp_path: Path, serve: Callable[..., Server], chromium: Browser
+) -> None:
+    """All outputs, routes among them, of a sequence and of what follows it; and the tokens."""
+    package = FAMILIES[family](tmp_path)
+    first, second = random_inputs(package), random_inputs(package, 1)
+    page = chromium.page(serve(package).url + "index.html", context=chromium.new_context())
+    found = run(
+        page,
+        """
+        const pack = await open();
+        const state = await pack.newState();
+        const parts = [];
+        for (const inputs of [first, second])
+          parts.push(all(await pack.forward(inputs, { state })));
+        const pieces = [];
+        if (pack.info.inputs[0].name === 'tokens' && 'logits' in parts[0])
+          for (const options of [{}, { temperature: 0.8, seed: 7 }])
+            for await (const piece of pack.generate(prompt, { maxNewTokens: 6, ...options }))
+              pieces.push(piece);
+        await pack.close();
+        return { parts, pieces };
+        """,
+        first=to_page(first),
+        second=to_page(second),
+        prompt=[3, 1, 2],
+    )
+    page.close()
+    with em.load(package) as model:
+        state = model.new_state()
+        for inputs, part in zip((first, second), found["parts"], strict=True):
+            compare(model.forward(inputs, state=state), from_page(part))
+        if found["pieces"]:
+            pieces = [
+                *model.generate([3, 1, 2], max_new_tokens=6),
+                *model.generate([3, 1, 2], max_new_tokens=6, temperature=0.8, seed=7),
+            ]
+            assert [one["token"] for one in found["pieces"]] == [one.token for one in pieces]
+            assert [one["text"] for one in found["pieces"]] == [one.text for one in pieces]
+
+
+def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        if array.dtype == np.int64:
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=TOLERANCE, err_msg=name)
