@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import evermind_runtime as em
+import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -153,6 +154,16 @@ def test_a_state_dict_is_read_by_folder_or_file(tmp_path: Path) -> None:
         assert found.tokenizer == "bytes"
         plain = ModelSource(found.family, found.config, found.tensors, "random")
         assert export_package(plain, tmp_path / f"p{number}") == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_state_dict_of_another_precision_is_read_as_float32(tmp_path: Path, dtype: str) -> None:
+    source = golden_source("moe_six")
+    stored = {name: array.astype(dtype) for name, array in source.tensors.items()}
+    found = read_source(_write_run(tmp_path / "run", replace(source, tensors=stored)))
+    for name, array in stored.items():
+        assert found.tensors[name].dtype == np.float32
+        assert np.array_equal(found.tensors[name], array.astype(np.float32))
 
 
 def test_the_peers_names_for_a_lone_layer_are_understood(tmp_path: Path) -> None:
