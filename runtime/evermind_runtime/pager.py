@@ -366,7 +366,8 @@ class Pager:
             with self._lock:
                 if self._closed:
                     raise self._closed_error()
-                self._reclaim()
+                if self._dropped:
+                    self._reclaim()
                 if fits := self._table.fits(keys):
                     jobs = self._start(keys, pinned, mine)
                 else:
@@ -410,6 +411,8 @@ class Pager:
                 jobs.append(job)
                 for slot in job.slots:
                     table.pin(slot, pinned)
+        if mine:
+            mine[0].claimed = True
         if self._readers:
             for job in mine[1:]:
                 self._urgent.append(job)
@@ -433,6 +436,8 @@ class Pager:
 
         Raises what went wrong with a job of one's own: others' are worth another try.
         """
+        if mine and not mine[0].done:
+            self._perform(mine[0])
         for job in jobs:
             if not job.claimed and self._claim(job):
                 self._perform(job)
@@ -512,8 +517,10 @@ class Pager:
         job.claimed = True
         job.done = True
         self._demands -= job.wanted
-        _open(job.gates)
-        _open(self._waiting)
+        if job.gates:
+            _open(job.gates)
+        if self._waiting:
+            _open(self._waiting)
         if job.cancelled or isinstance(error, ReadAbandonedError):
             self.counters.prefetch_wasted_bytes += sum(job.read)
         if self._guesses and self._readers and not self._demands:
