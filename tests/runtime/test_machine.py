@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from evermind_manifests.package import open_package
 from evermind_runtime.machine import (
+    AvailableMemory,
     available_memory,
     drop_pages,
     file_extents,
@@ -89,6 +90,19 @@ def test_without_files_a_temporary_one_is_read_and_removed(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
     assert machine.to_dict()["threads"] == 1
     assert machine.with_disk_rate(1.0).disk_how == "given"
+
+
+def test_a_machine_with_little_memory_survives_being_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    little = AvailableMemory(40 * 2**20, "the control group's memory.max")
+    monkeypatch.setattr("evermind_runtime.machine.available_memory", lambda: little)
+    monkeypatch.setattr(
+        "evermind_runtime.machine.memory_rate", lambda _, size, **__: asked.append(size) or 1.0
+    )
+    measure_machine([], tmp_path, block=4096, working_set=2**30, threads=1, seconds=0.1)
+    assert asked == [10 * 2**20]
 
 
 def test_where_nothing_can_be_written_another_place_is_named(tmp_path: Path) -> None:

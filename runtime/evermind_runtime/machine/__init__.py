@@ -34,6 +34,9 @@ __all__ = [
     "shard_extents",
 ]
 
+# Of the available memory, what reading memory may take: a small machine must survive it.
+_MEASURED_SHARE = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -86,7 +89,8 @@ def measure_machine(
     threads: int | None = None,
     seconds: float = 2.0,
 ) -> Machine:
-    """Measure for about `seconds`; takes at most 256 MiB of memory, and of each kind of reads.
+    """Measure for about `seconds`; takes at most 256 MiB of memory (and a quarter of what is
+    available), and of each kind of reads.
 
     The disk is measured over `extents`, or if there are none over a temporary file in
     `folder` in blocks of `block` bytes (in the system's temporary folder where that cannot be
@@ -95,6 +99,9 @@ def measure_machine(
     where nothing can be read or written.
     """
     count = threads or len(os.sched_getaffinity(0))
+    available = available_memory()
+    if available is not None:
+        working_set = min(working_set, int(available.bytes * _MEASURED_SHARE))
     if extents:
         where, disk = "the package's own files", measure_disk(extents, seconds=seconds / 2)
     else:
@@ -111,7 +118,7 @@ def measure_machine(
         sha256_rate=sha256_rate(seconds=seconds / 10),
         call_seconds=call_seconds(seconds=seconds / 20),
         threads=count,
-        available=available_memory(),
+        available=available,
     )
 
 
