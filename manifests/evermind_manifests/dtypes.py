@@ -164,9 +164,11 @@ def _to_bf16(array: npt.NDArray[np.float32], rounding: Rounding) -> npt.NDArray[
         rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
     else:
         rounded = bits >> np.uint32(16)
-    # Rounding may carry a NaN into an infinity or cut its payload to zero: set the quiet bit.
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(array), quiet, rounded).astype(np.uint16)
+    nan = np.isnan(array)
+    if nan.any():
+        # Rounding may carry a NaN into an infinity or cut its payload to zero: set the quiet bit.
+        rounded = np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded)
+    return rounded.astype(np.uint16)
 
 
 def _refuse_overflow(
