@@ -25,7 +25,9 @@ TRACE = ROOT / "tests" / "fixtures" / "traces" / "olmoe_299.jsonl"
 # Two of the trace's sixteen layers: 128 experts, 16 of them for every token.
 TRACE_LAYERS = (3, 12)
 BUDGET = "25%"
-SIDES = ("paged", "mapped")
+# "guessing" reads ahead what the next layer's router says of the hidden state before it. Here
+# it is always right, as experts add nothing to the state: the most that guessing can give.
+SIDES = ("paged", "guessing", "mapped")
 ROUTINGS = ("recorded", "even")
 
 
@@ -70,11 +72,11 @@ def measure(quick: bool) -> Report:
         found = all_found[0]
         rows.append(
             [
-                f"{routing} routing, {side}" + f" ({found['io']})" * (side == "paged"),
+                f"{routing} routing, {side}" + f" ({found['io']})" * (side != "mapped"),
                 speeds[routing, side],
-                shares[routing, side] if side == "paged" else None,
+                shares[routing, side] if side != "mapped" else None,
                 found["hit rate"],
-                found["bytes read"] / tokens / MIB if side == "paged" else None,
+                found["bytes read"] / tokens / MIB if side != "mapped" else None,
                 found["most"] / MIB if side == "mapped" else None,
             ]
         )
@@ -125,6 +127,8 @@ def decode(path: str, side: str, routing: str, tokens: int, io: IoMode) -> dict[
             take_back = files.take_back
         else:
             take_back = ReadFiles(list(paths.values())).take_back
+            if side == "paged":
+                model._engine.pager._records.clear()
         layers = len(manifest.layers)
         state = model.new_state()
         for step in manifest.plan.decode:
@@ -141,8 +145,9 @@ def decode(path: str, side: str, routing: str, tokens: int, io: IoMode) -> dict[
         stats = model.stats()
         return {
             "seconds": seconds,
+            # What the bound counts: a guess that was read in time is a hit, but was read.
             "bytes read": stats.bytes_read,
-            "hit rate": stats.hit_rate if side == "paged" else None,
+            "hit rate": stats.hit_rate if side != "mapped" else None,
             "budget": model.budget,
             "enforced by": by,
             "io": stats.io,
@@ -160,6 +165,9 @@ class _MappedPager:
 
     def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         pass
+
+    def guesses(self, layer: int) -> bool:
+        return False
 
     def acquire(self, layer: int, experts: Sequence[int]) -> AbstractContextManager[list[Slot]]:
         slots = []
