@@ -35,7 +35,7 @@ from evermind_pack.planning import (
 
 from .arrays import check_targets
 from .plan import machine_rows, model_rows, shown
-from .plots import plot_speeds
+from .plots import new_figure, plot_speeds
 from .run import token_ids
 from .terminal import (
     human_bytes,
@@ -235,6 +235,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     check_targets(args.plot)
+    if args.plot:
+        new_figure(1, 1)  # what it takes to draw is missed now, not after all rounds
     if is_url(args.package):
         raise InputError(
             f"{args.package}: expected a package on this machine",

@@ -125,6 +125,16 @@ def test_a_model_without_experts_has_one_row(tmp_path: Path, capsys: Any) -> Non
     assert "without experts" in err
 
 
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(
+    package: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("evermind_pack.cli.bench.run_rounds", lambda *_, **__: pytest.fail("ran"))
+    code, out, err = call(capsys, "bench", package, "--plot", tmp_path / "p.png")
+    assert (code, out) == (2, "")
+    assert "evermind-pack[plot]" in err
+
+
 def test_the_plan_can_be_chosen(package: Path, capsys: Any) -> None:
     code, out, _ = call(
         capsys,
