@@ -7,7 +7,7 @@ the departures that docs/introspection.md lists.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -76,10 +76,11 @@ class RouterStatistics:
         rows = zip(ids.tolist(), gates.tolist(), probabilities.tolist(), strict=True)
         for experts, weights, scores in rows:
             self.tokens += 1
-            self.counts[experts] += 1
+            chosen = [expert for expert in experts if expert >= 0]  # -1 is none
+            self.counts[chosen] += 1
             confidence = _confidence(scores)
             self._confidence += min(confidence, _MOST_CONFIDENCE)
-            label = self._follow(experts)
+            label = self._follow(chosen)
             self.decisions.append(
                 Decision(
                     tuple(experts),
@@ -129,7 +130,8 @@ class Observer:
     tokens: int = 0
     experts: dict[tuple[int, int], ExpertStatistics] = field(default_factory=dict)
     routers: list[RouterStatistics] = field(init=False)
-    _values: dict[str, list[Array]] = field(default_factory=dict)
+    _values: dict[str, deque[Array]] = field(default_factory=dict)
+    _kept: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -165,13 +167,15 @@ class Observer:
                 router.record(values[read.ids], values[read.gates], values[read.probabilities])
             for name, spec in self.plan.observations.items():
                 array = values[spec.value or name].copy()
-                kept = self._values.setdefault(name, [])
+                kept = self._values.setdefault(name, deque())
                 if "T" not in spec.shape:
-                    kept[:] = [array]
+                    kept.clear()
+                    kept.append(array)
                     continue
                 kept.append(array)
-                while sum(map(len, kept)) - len(kept[0]) >= KEPT_TOKENS:
-                    del kept[0]
+                self._kept[name] += len(array)
+                while self._kept[name] - len(kept[0]) >= KEPT_TOKENS:
+                    self._kept[name] -= len(kept.popleft())
 
     def observations(self) -> dict[str, Array]:
         """Every observation; one with an axis of tokens holds the last `KEPT_TOKENS`."""

@@ -417,7 +417,28 @@ STRUCTURE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda raw: raw["plan"]["decode"][1]["experts"].update(ids="i"), "'i' is read before"),
     (lambda raw: raw["plan"]["outputs"]["y"].update(value="none"), "never produces 'none'"),
     (lambda raw: raw.update(tokenizer={"kind": "tokenizers", "file": "t.json"}), "'t.json' is not"),
+    (lambda raw: raw["plan"]["inputs"]["x"].update(aliases=["state"]), "'state' is taken"),
+    (lambda raw: raw["plan"]["inputs"]["x"].update(aliases=["z", "z"]), "'z' is taken"),
+    (
+        lambda raw: raw["plan"].update(observations={"y": raw["plan"]["outputs"]["y"]}),
+        "is an output too",
+    ),
+    (
+        lambda raw: raw["plan"].update(observations={"none": raw["plan"]["outputs"]["y"]}),
+        "prefill never produces 'none'",
+    ),
+    (
+        lambda raw: raw["plan"].update(routers=[ROUTER | {"probabilities": "none"}]),
+        "prefill never produces 'none'",
+    ),
+    (
+        lambda raw: raw["kinds"]["ffn"].update(graph_statistics="graphs/none.onnx"),
+        "'graphs/none.onnx' is not in `files`",
+    ),
 ]
+
+
+ROUTER = {"layer": 0, "ids": "ids.0", "gates": "gates.0", "probabilities": "gates.0"}
 
 
 @pytest.mark.parametrize(("change", "message"), STRUCTURE, ids=[text for _, text in STRUCTURE])
@@ -465,3 +486,23 @@ def test_an_output_may_be_taken_from_a_state(tmp_path: Path) -> None:
     found = find(validate(tmp_path / "p", deep=True), "graph-interface")
     assert {item.place for item in found} == {"plan.prefill: output", "plan.decode: output"}
     assert "'memory': expected f32 [5], found f32 [4]" in found[0].message
+
+
+def test_what_introspection_reads_fits_the_graphs(tmp_path: Path) -> None:
+    raw = tiny(tmp_path)
+    spec = {"dtype": "f32", "shape": ["T", 4]}
+    raw["plan"] |= {"observations": {"h": spec | {"value": "h.0"}}, "routers": [ROUTER]}
+    raw["kinds"]["ffn"]["graph_statistics"] = raw["kinds"]["ffn"]["graph"]
+    edit_manifest(tmp_path / "p", lambda old: old.update(plan=raw["plan"], kinds=raw["kinds"]))
+    assert validate(tmp_path / "p", deep=True).problems == ()
+    raw["plan"]["observations"]["h"]["shape"] = ["T", 5]
+    raw["plan"]["routers"] = [ROUTER | {"ids": "gates.0"}]
+    raw["kinds"]["ffn"]["graph_statistics"] = "graphs/router.onnx"
+    edit_manifest(tmp_path / "p", lambda old: old.update(plan=raw["plan"], kinds=raw["kinds"]))
+    found = find(validate(tmp_path / "p", deep=True), "graph-interface")
+    places = {item.place.partition(" (")[0] for item in found}
+    assert places == {
+        "plan.prefill: observation",
+        "plan.prefill: router of layer 0",
+        "kinds['ffn'].graph_statistics",
+    }

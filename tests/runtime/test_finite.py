@@ -1,0 +1,44 @@
+"""What must stay finite is refused when it is not, and only then."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from evermind_manifests.errors import NonFiniteError
+from evermind_manifests.manifest import Plan, StateSpec, ValueSpec
+from evermind_runtime.finite import FiniteCheck
+
+PLAN = Plan(
+    inputs={},
+    outputs={
+        "logits": ValueSpec(dtype="f32", shape=("T", 2), value="scores", finite="the scores"),
+        "free": ValueSpec(dtype="f32", shape=("T", 2)),
+    },
+    state={
+        "cell.10": StateSpec(dtype="f32", shape=(3,), finite="layer ten"),
+        "cell.2": StateSpec(dtype="f32", shape=(3,), finite="layer two"),
+        "free.0": StateSpec(dtype="f32", shape=(3,)),
+    },
+    prefill=(),
+    decode=(),
+)
+GOOD = np.zeros(3, dtype=np.float32)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_the_first_layer_to_blame_is_named(bad: float) -> None:
+    check = FiniteCheck(PLAN)
+    wrong = np.array([1, bad, bad], dtype=np.float32)
+    with pytest.raises(NonFiniteError, match=r"'cell\.2'.*found 2 of 3 .*: layer two"):
+        check.check({"scores": wrong, "cell.10": wrong, "cell.2": wrong})
+    with pytest.raises(NonFiniteError, match=r"state 'cell\.10'"):
+        check.check({"scores": wrong, "cell.10": wrong, "cell.2": GOOD})
+    with pytest.raises(NonFiniteError, match=r"output 'logits'.*: the scores"):
+        check.check({"scores": wrong, "cell.2": GOOD})
+    check.check({"free": wrong, "free.0": wrong})
+
+
+def test_large_numbers_are_finite() -> None:
+    largest = np.finfo(np.float32).max
+    check = FiniteCheck(PLAN)
+    check.check({"cell.2": np.full(3, largest), "cell.10": np.full(3, -largest), "scores": GOOD})
