@@ -16,10 +16,13 @@ from evermind_manifests.errors import CheckpointError, ConfigError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import Card
 
-from .blueprint import Tensors
+from .atome_model import atome_source, read_pickled
+from .blueprint import FloatArray, Tensors
+from .checkpoints.atome import is_atome
 from .checkpoints.peer_file import PeerFile, is_peer_file
 from .checkpoints.tkp1 import MAGIC as TKP1_MAGIC
 from .families import FAMILIES
+from .families.tilelli.params import NAME as TILELLI
 from .families.tokitai import NAME as TOKITAI
 from .family import ModelFamily, Shape
 from .peer_attachments import attachments
@@ -32,6 +35,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 METRICS_NAME = "metrics.jsonl"
 _MAX_JSON_BYTES = 64 * 1024 * 1024
+_ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,12 @@ def read_source(path: Path, *, seed: int | None = None) -> ModelSource:
 
     `path` is a folder with `config.json` and `model.safetensors` or one other `.safetensors`
     file (a training run, or the peer's Hugging Face bundle), a `.safetensors` file beside its
-    `config.json`, a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file, or a Tokitai run's
-    `checkpoint.tkp1` beside its `arch.json`. A `config.json` without `family` is taken for the
-    family that the tensors tell. `FAMILY:PRESET`, where nothing has that name, is an untrained
-    model whose weights are drawn from `seed` (default: 0) as they are needed. Raises
+    `config.json`, a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file, a Tokitai run's
+    `checkpoint.tkp1` beside its `arch.json`, an Atome model's `ATOME01`, `ATOME02` or
+    `ATOMEP3` file beside its `config.json`, or its `.pt` checkpoint. A `config.json` without
+    `family` is taken for the family that the tensors tell. `FAMILY:PRESET`, where nothing has
+    that name, is an untrained model whose weights are drawn from `seed` (default: 0) as they
+    are needed. Raises
     `LocationError` where nothing is, `CheckpointError` for anything that is not one of these,
     or is damaged, `ConfigError` for a `seed` where nothing is drawn.
     """
@@ -76,6 +82,10 @@ def read_source(path: Path, *, seed: int | None = None) -> ModelSource:
         return _read_folder(path)
     if head.startswith(TKP1_MAGIC):
         return _read_tokitai_run(path)
+    if is_atome(head):
+        return _tilelli_model(path, *atome_source(path, _read_json(path.parent / CONFIG_NAME)))
+    if head.startswith(_ZIP_MAGIC) and path.suffix in (".pt", ".pth"):
+        return _tilelli_model(path, *read_pickled(path))
     # Magic words first: a checkpoint's ninth byte may look like the brace of a JSON header.
     if not is_peer_file(head) and head[8:9] == b"{":
         return _read_state_dict(path, path.parent)
@@ -111,6 +121,16 @@ def with_peer_tokenizer(source: ModelSource, path: Path) -> ModelSource:
     if "vocabSize" not in source.config:
         raise CheckpointError(f"{path}: a {source.family!r} model has no use for a tokenizer")
     return replace(source, tokenizer=read_peer_tokenizer(path))
+
+
+def _tilelli_model(
+    path: Path, raw: Mapping[str, Any], tensors: Mapping[str, FloatArray]
+) -> ModelSource:
+    family = FAMILIES[TILELLI]
+    shapes = {name: array.shape for name, array in tensors.items()}
+    config = family.resolve(raw, shapes)
+    check_shapes(shapes, family.shapes(config), str(path), "its configuration")
+    return ModelSource(TILELLI, config, tensors, path.stem, family.tokenizer(config))
 
 
 def _preset(path: Path) -> tuple[ModelFamily, str] | None:
