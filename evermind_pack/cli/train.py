@@ -19,10 +19,11 @@ EXAMPLES = """\
   evermind-pack train synapse --stdlib -o runs/synapse --steps 400
   evermind-pack train moe --data samples.npz -o runs/layer --experts 16 --top-k 2
   evermind-pack train limbic --data episodes.npz -o runs/mood --steps 200
+  evermind-pack train atome --corpus stories/ -o runs/stories --steps 1000
   evermind-pack train tokitai -o runs/quality --size nano --steps 300
   evermind-pack train --resume runs/python"""
 
-FAMILIES = ("lm", "synapse", "moe", "limbic", "tokitai")
+FAMILIES = ("lm", "synapse", "atome", "moe", "limbic", "tokitai")
 _INTERRUPTED = 130
 
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=positive_int, help="experts a token is routed to")
     parser.add_argument("--hidden", type=positive_int, help="an expert's hidden width")
     parser.add_argument("--aux-weight", type=float, help="weight of the load-balancing loss")
-    text = parser.add_argument_group("lm, synapse")
+    text = parser.add_argument_group("lm, synapse, atome")
     text.add_argument(
         "--corpus", metavar="PATH", nargs="+", type=Path, help="text files, or folders of them"
     )
@@ -59,12 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-bytes", type=positive_int, help="of corpus to read (default: 3,000,000)"
     )
     text.add_argument("--layers", type=positive_int, help="layers (default: 4; synapse: 2)")
-    text.add_argument("--d-model", type=positive_int, help="width (default: 128; synapse: 64)")
     text.add_argument(
-        "--conv", type=positive_int, help="tokens a convolution sees (default: 8; lm only)"
+        "--d-model", type=positive_int, help="width (default: 128; synapse, atome: 64)"
+    )
+    text.add_argument(
+        "--conv",
+        type=positive_int,
+        help="tokens a convolution sees (default: 8; atome: 5; not for synapse)",
     )
     text.add_argument(
         "--window", type=positive_int, help="tokens per sequence (default: 128; synapse: 48)"
+    )
+    atome = parser.add_argument_group("atome")
+    atome.add_argument(
+        "--pathways", type=int, choices=(3, 5), help="3, or 5 with a wide and a dense one"
+    )
+    atome.add_argument("--banks", type=positive_int, help="units of each pathway (default: 1)")
+    atome.add_argument(
+        "--top-k-routing", type=int, help="units a token takes; 0 is all (default: 0)"
     )
     tokitai = parser.add_argument_group("tokitai")
     tokitai.add_argument(

@@ -36,7 +36,7 @@ from ..training import (
     standard_library,
     train_language_model,
 )
-from ..training.presets import LanguagePreset, python_demo, synapse_demo
+from ..training.presets import LanguagePreset, atome_bytes, python_demo, synapse_demo
 from ..training.run_folder import AnyTrainer, clear_start
 from .arrays import read_arrays
 from .terminal import remark
@@ -54,7 +54,11 @@ _SAMPLES: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     TokitaiMoE.family: (("x", "label"), TokitaiBatch),
 }
 _VECTORS = ("reward", "label")
-_PRESETS: dict[str, Callable[..., LanguagePreset]] = {"lm": python_demo, "synapse": synapse_demo}
+_PRESETS: dict[str, Callable[..., LanguagePreset]] = {
+    "lm": python_demo,
+    "synapse": synapse_demo,
+    "atome": atome_bytes,
+}
 # Options of `train` and what the families' configurations call them.
 _CONFIG_NAMES = {
     "lm": {
@@ -74,18 +78,33 @@ _CONFIG_NAMES = {
         "top_k": "top_k",
         "seed": "seed",
     },
+    "atome": {
+        "d_model": "d_model",
+        "layers": "n_layers",
+        "conv": "kernel_size",
+        "top_k": "top_k",
+        "pathways": "pathways",
+        "banks": "n_banks",
+        "top_k_routing": "top_k_routing",
+        "seed": "seed",
+    },
 }
+_ATOME = ("pathways", "banks", "top_k_routing")
 
 
 def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingResult:
     """Begin the run that the arguments of `train` describe."""
     quiet = args.quiet or args.json
+    if args.family != "atome":
+        _refuse(args, *_ATOME)
     if args.family in _PRESETS:
         if args.stdlib == bool(args.corpus):
             raise InputError(f"{args.family} needs a corpus: --corpus PATH …, or --stdlib")
         _refuse(args, "data", "size", "depth")
         if args.family == "synapse":
             _refuse(args, "conv")
+        if args.family == "atome":
+            _refuse(args, "experts", "hidden")
         for path in args.corpus or ():
             if not path.exists():
                 raise InputError(f"--corpus: {path}: there is no such folder or file")

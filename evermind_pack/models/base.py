@@ -16,7 +16,6 @@ from evermind_manifests.errors import CheckpointError, InputError
 from torch import Tensor, nn
 
 from .initial import initial_tensors
-from .moe_layer import Routes
 
 Array = npt.NDArray[Any]
 # Inputs, in the order of `FamilyModel.inputs`, to outputs and the routes' margin, in float64.
@@ -116,8 +115,11 @@ class LanguageModel(FamilyModel):
         """Experts in each layer."""
 
     @abstractmethod
-    def hidden(self, tokens: Tensor) -> tuple[Tensor, tuple[Routes, ...]]:
-        """`tokens` (B, T) int64 → what `head` takes (B, T, D), and each layer's routes."""
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """`tokens` (B, T) int64 → what `head` takes (B, T, D), and each layer's routes.
+
+        Those are `Routes`, or what a trainer of the family's own knows how to balance.
+        """
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Nothing here prints: progress goes to an `on_step` callback.
 
 from __future__ import annotations
 
+from .atome_trainer import AtomeTrainer
 from .corpus import (
     LIBRARY_TABLES,
     SKIPPED_FOLDERS,
@@ -21,7 +22,7 @@ from .loop import DivergedError, TrainingResult, run_training, stop_on_interrupt
 from .moe_trainer import MoeBatch, MoeEpoch, MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions, learning_rate
 from .peer_precision import PeerLossScaler, PeerMixedTrainer
-from .presets import LanguagePreset, python_demo, synapse_demo
+from .presets import LanguagePreset, atome_bytes, python_demo, synapse_demo
 from .run_folder import RunFolder
 from .tokitai_trainer import (
     RULE_CLASSES,
@@ -36,6 +37,7 @@ __all__ = [
     "LIBRARY_TABLES",
     "RULE_CLASSES",
     "SKIPPED_FOLDERS",
+    "AtomeTrainer",
     "Corpus",
     "DivergedError",
     "LanguagePlan",
@@ -60,6 +62,7 @@ __all__ = [
     "TokitaiTrainerOptions",
     "Trainer",
     "TrainingResult",
+    "atome_bytes",
     "build_corpus",
     "language_plan",
     "learning_rate",

@@ -10,7 +10,8 @@ from typing import Any
 
 from evermind_manifests.errors import CheckpointError, ConfigError
 
-from ..models import EvermindLM, LanguageModel, model_type
+from ..models import MODELS, AtomeLmModel, EvermindLM, LanguageModel
+from .atome_trainer import AtomeTrainer
 from .corpus import Corpus, stream_windows
 from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
 from .loop import TrainingResult, run_training
@@ -58,12 +59,15 @@ def train_language_model(
 
     Raises `ConfigError` for a `family` that is no language model's.
     """
-    kind = model_type(family, {"module": "model"})
-    if not issubclass(kind, LanguageModel):
+    models = MODELS.get(family, {})
+    kinds = [models] if isinstance(models, type) else list(models.values())
+    kind = next((kind for kind in kinds if issubclass(kind, LanguageModel)), None)
+    if kind is None:
         raise ConfigError(f"family: expected a language model's, found {family!r}")
     model = kind.with_vocabulary(config, corpus.vocab_size)
     run = RunFolder.create(folder, model, corpus.tokenizer)
-    return _train(run, LmTrainer(model, options), corpus, plan, on_step, stop)
+    trainer = AtomeTrainer if isinstance(model, AtomeLmModel) else LmTrainer
+    return _train(run, trainer(model, options), corpus, plan, on_step, stop)
 
 
 def resume_language_model(

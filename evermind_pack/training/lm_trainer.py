@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,12 @@ class LmTrainer(Trainer[LanguageModel, LmTrainerOptions, LmBatch]):
         nll = cross_entropy(self.model.head(hidden[mask]), tokens[:, 1:][mask], reduction="none")
         weights = mask.double() / (mask.sum(dim=1, keepdim=True) * len(mask))
         loss = torch.dot(nll, weights[mask].to(nll))
+        aux, load = self.balance(routes, mask)
+        total = loss if aux is None else loss + self.options.aux_weight * aux
+        return Losses(total, loss, aux, int(mask.sum()), load)
+
+    def balance(self, routes: Sequence[Any], mask: Tensor) -> tuple[Tensor | None, float | None]:
+        """The balancing loss and the busiest expert's load at the positions of `mask`."""
         total = self.model.experts
         chosen = [taken.experts[mask] for taken in routes]
         aux = torch.stack(
@@ -61,8 +68,7 @@ class LmTrainer(Trainer[LanguageModel, LmTrainerOptions, LmBatch]):
                 for taken, experts in zip(routes, chosen, strict=True)
             ]
         ).mean()
-        load = max(peak_load(experts, total) for experts in chosen)
-        return Losses(loss + self.options.aux_weight * aux, loss, aux, int(mask.sum()), load)
+        return aux, max(peak_load(experts, total) for experts in chosen)
 
     def train(self, sequences: LmBatch) -> list[float]:
         """`options.epochs` passes in the given order; each epoch's mean loss over sequences."""

@@ -1,9 +1,9 @@
-"""Ready-made settings for language models: Evermind's and Synapse's."""
+"""Ready-made settings for language models: Evermind's, Synapse's and Atome."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,4 +105,19 @@ def python_demo(steps: int = 700) -> LanguagePreset:
             aux_weight=0.05,
         ),
         plan=LanguagePlan(steps=steps, batch_size=8, window=128),
+    )
+
+
+def atome_bytes(steps: int = 400) -> LanguagePreset:
+    """The Atome model of the reference's defaults: 60,800 ternary parameters over bytes.
+
+    Straight-through training wants a higher rate than float weights of this size do.
+    """
+    base = python_demo(steps)
+    return replace(
+        base,
+        family="tilelli",
+        vocab_size=256,
+        config={"d_model": 64, "n_layers": 4, "d_head": 16, "top_k": 4},
+        options=replace(base.options, lr=0.01, weight_decay=0.0, aux_weight=0.01),
     )

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..models import FamilyModel, model_type
+from .atome_trainer import AtomeTrainer
 from .limbic_trainer import LimbicTrainer, LimbicTrainerOptions
 from .lm_trainer import LmTrainer, LmTrainerOptions
 from .moe_trainer import MoeTrainer, MoeTrainerOptions
@@ -55,6 +56,7 @@ _TRAINERS: dict[str, tuple[type[AnyTrainer], type[OptimizerOptions]]] = {
     "shared-expert-moe": (MoeTrainer, MoeTrainerOptions),
     "evermind-lm": (LmTrainer, LmTrainerOptions),
     "limbic": (LimbicTrainer, LimbicTrainerOptions),
+    "tilelli": (AtomeTrainer, LmTrainerOptions),
     "tokitai-moe": (TokitaiTrainer, TokitaiTrainerOptions),
     "synapse": (LmTrainer, LmTrainerOptions),
 }

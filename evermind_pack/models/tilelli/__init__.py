@@ -5,7 +5,7 @@ Quantised where weights are used, trained straight through. Source: specs/tilell
 
 from __future__ import annotations
 
-from .block import PathwayRoutes, TilelliBlockModel, aux_loss
+from .block import PathwayRoutes, TilelliBlockModel, bank_penalty
 from .lm import AtomeLmModel, AtomeOutput
 from .ternary import ternarise
 
@@ -14,6 +14,6 @@ __all__ = [
     "AtomeOutput",
     "PathwayRoutes",
     "TilelliBlockModel",
-    "aux_loss",
+    "bank_penalty",
     "ternarise",
 ]

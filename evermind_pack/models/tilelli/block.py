@@ -22,7 +22,6 @@ from .pathways import make_pathway
 from .ternary import TernaryLinear, TernaryWeight
 
 _LEAST = 1e-12
-_AUX_WEIGHT = 0.01
 
 
 class PathwayRoutes(NamedTuple):
@@ -124,12 +123,14 @@ class Block(nn.Module):
         return x + mixed, routes, h
 
 
-def aux_loss(routes: PathwayRoutes, dims: BlockDims) -> Tensor:
-    """The reference's penalty on uneven banks; 0 where there is one bank."""
+def bank_penalty(kept: Tensor, dims: BlockDims) -> Tensor:
+    """How uneven the banks' weights `kept` (…, P * banks) are; 0 where there is one bank.
+
+    The reference's auxiliary loss is a hundredth of it.
+    """
     if dims.banks == 1:
-        return routes.kept.new_zeros(())
-    mean = routes.kept.flatten(0, -2).mean(0)
-    return _AUX_WEIGHT * (mean - 1 / dims.banks).square().mean()
+        return kept.new_zeros(())
+    return (kept.reshape(-1, dims.columns).mean(0) - 1 / dims.banks).square().mean()
 
 
 class TilelliBlockModel(FamilyModel):

@@ -6,14 +6,14 @@ Source: specs/tilelli.md, section 5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 from evermind_exporters.families.tilelli.params import BlockDims, block_dims, lm_shapes
 from torch import Tensor, nn
 
-from ..base import Array, FamilyModel, token_row
+from ..base import Array, LanguageModel, token_row
 from .block import Block, PathwayRouter, PathwayRoutes, by_pathway, chosen, entropy, use_as_they_are
 from .initial import initial_weights
 from .ternary import TernaryEmbedding, TernaryLinear
@@ -45,7 +45,7 @@ class _Layer(Block):
         return y, routes
 
 
-class AtomeLmModel(FamilyModel):
+class AtomeLmModel(LanguageModel):
     """The module `lm`: `tokens` (B, L) int64 → `AtomeOutput`; position t sees tokens 0…t."""
 
     family = "tilelli"
@@ -56,6 +56,21 @@ class AtomeLmModel(FamilyModel):
         """See `FamilyModel.initial`."""
         return initial_weights(lm_shapes(config), config["seed"])
 
+    @classmethod
+    def with_vocabulary(cls, config: Mapping[str, Any], size: int) -> Self:
+        """See `LanguageModel.with_vocabulary`."""
+        return cls({**config, "vocab_size": size})
+
+    @property
+    def vocabulary(self) -> int:
+        """See `LanguageModel.vocabulary`."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def experts(self) -> int:
+        """See `LanguageModel.experts`: the units of a layer."""
+        return self.dims.columns
+
     @property
     def dims(self) -> BlockDims:
         """Those of every block."""
@@ -63,13 +78,27 @@ class AtomeLmModel(FamilyModel):
 
     def forward(self, tokens: Tensor) -> AtomeOutput:
         """Logits of every position; token ids must be below `vocab_size`."""
+        outputs, routes = self._layers(tokens)
+        return AtomeOutput(self.head(outputs[-1]), routes, outputs)
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, tuple[PathwayRoutes, ...]]:
+        """See `LanguageModel.hidden`."""
+        outputs, routes = self._layers(tokens)
+        return outputs[-1], routes
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See `LanguageModel.head`."""
+        logits: Tensor = self.unembed(self.final_norm(hidden))
+        return logits
+
+    def _layers(self, tokens: Tensor) -> tuple[tuple[Tensor, ...], tuple[PathwayRoutes, ...]]:
         x = self.embed(tokens)
-        routes, outputs = [], []
+        outputs, routes = [], []
         for block in self.blocks:
             x, taken = block(x)
-            routes.append(taken)
             outputs.append(x)
-        return AtomeOutput(self.unembed(self.final_norm(x)), tuple(routes), tuple(outputs))
+            routes.append(taken)
+        return tuple(outputs), tuple(routes)
 
     def run(self, *inputs: Array) -> dict[str, Tensor]:
         """`tokens` (T,) → `logits` (T, V), and each block's output and routes."""
