@@ -43,7 +43,7 @@ def report(step: StepReport) -> None:
 def main(paths: list[Path], steps: int) -> None:
     corpus = build_corpus(read_documents(paths), vocab_size=256)
     options = LmTrainerOptions(lr=1e-2, warmup_steps=min(10, steps - 1), max_grad_norm=1.0)
-    plan = LanguagePlan(steps=steps, batch_size=8, window=64)
+    plan = LanguagePlan(steps=steps, batch_size=4, window=48)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train_language_model(run, corpus, CONFIG, options, plan, family="tilelli", on_step=report)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
     ("command", "shown"),
     [
         (["tokitai_classifier.py"], ["loss "]),
+        (["tilelli_bytes.py", "--steps", "20"], ["step 20: loss ", "times less than f16"]),
         (
             ["synapse_language_model.py", "--steps", "8", str(ROOT / "README.md")],
             ["valid: True (checked: structure, files, deep, run)", "layer 1: balance"],
