@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from evermind_manifests.manifest import GraphStep, Guess
+from evermind_manifests.manifest import ExpertsStep, Guess, Step
 
 from .devices import Slot, host_value, numpy_dtype
-from .program import Choices, Engine, run_graph
+from .program import Choices, Engine, checked_ids, run_graph
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -61,8 +61,28 @@ class _BoundStep:
     guesses: list[_BoundGuess] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _BoundExperts:
+    """An experts step: the kind's graph with one token bound, and what it is bound to now.
+
+    `ids`, `gates` and `y` are bound buffers, `output` is what one expert gives.
+    """
+
+    step: ExpertsStep
+    graph: str
+    session: Any
+    binding: ort.IOBinding
+    ids: Array
+    gates: Array
+    y: Array
+    output: Array
+    names: tuple[str, ...]
+    growing: list[tuple[str, str]]
+    bound: Slot | None = None
+
+
 class BoundDecode:
-    """A decode program made of graph steps only, bound to one state's buffers."""
+    """A decode program bound to one state's buffers."""
 
     def __init__(self, engine: Engine, state: State) -> None:
         plan = engine.manifest.plan
@@ -80,7 +100,7 @@ class BoundDecode:
             for name, spec in plan.state.items()
             if spec.grows
         }
-        steps = [step for step in engine.decode if isinstance(step, GraphStep)]
+        steps = engine.decode
         for step in steps:
             self._allocate(step)
         self._sides = tuple([self._bind(step, side) for step in steps] for side in (0, 1))
@@ -109,11 +129,6 @@ class BoundDecode:
         """What the last step gave; overwritten by the next."""
         return self._outputs[self._state.side]
 
-    @staticmethod
-    def supports(engine: Engine) -> bool:
-        """Whether every step of the decode program is a graph."""
-        return all(isinstance(step, GraphStep) for step in engine.decode)
-
     def step(self, inputs: Mapping[str, Array]) -> None:
         """Run the program on one token (arrays as in the plan, T = 1), for `outputs`.
 
@@ -127,6 +142,9 @@ class BoundDecode:
         for step in self._sides[state.side]:
             for name, value in step.growing:
                 step.binding.bind_ortvalue_input(name, _value(state.grown[value].view()))
+            if isinstance(step, _BoundExperts):
+                self._run_experts(step)
+                continue
             if step.ids is None:
                 run_graph(step.graph, step.session, step.binding)
                 if step.choices:
@@ -147,14 +165,39 @@ class BoundDecode:
         state.append(self._rows)
         state.flip()
 
+    def _run_experts(self, step: _BoundExperts) -> None:
+        """As `run_program` does it: in ascending order, without those whose gate is 0."""
+        engine, layer = self._engine, step.step.layer
+        ids: list[int] = step.ids.tolist()[0]
+        if len(ids) > 1 or ids[0] < 0:
+            checked_ids(step.step, step.ids)
+        gates: list[float] = step.gates.tolist()[0]
+        chosen = [(e, gate) for e, gate in zip(ids, gates, strict=True) if gate != 0 and e >= 0]
+        experts = [expert for expert, _ in chosen]
+        engine.pager.routed(layer, [experts])
+        step.y[...] = 0
+        if not chosen:
+            return
+        engine.counts.routed_one(layer, experts, [gate for _, gate in chosen])
+        for expert, gate in sorted(chosen):
+            with engine.pager.acquire(layer, [expert]) as (slot,):
+                if step.bound is not slot:
+                    slot.bind(step.binding, step.names, engine.kinds[layer])
+                    step.bound = slot
+                run_graph(step.graph, step.session, step.binding)
+            step.y += np.float32(gate) * step.output
+
     def _rebind(self, step: _BoundStep, slots: list[Slot]) -> None:
         for position, slot in enumerate(slots):
             if step.bound[position] is not slot:
                 slot.bind(step.binding, step.names[position], self._engine.kinds[step.layer])
                 step.bound[position] = slot
 
-    def _allocate(self, step: GraphStep) -> None:
+    def _allocate(self, step: Step) -> None:
         """A buffer for every value the step produces, of the shape its graph declares."""
+        if isinstance(step, ExpertsStep):
+            self._values[step.y] = self._expert_output(step)
+            return
         declared = {
             output.name: output for output in self._engine.sessions.get(step.graph).get_outputs()
         }
@@ -164,16 +207,21 @@ class BoundDecode:
             shape = [dim if isinstance(dim, int) else 1 for dim in declared[name].shape]
             self._values[value] = np.zeros(shape, dtype=_ONNX_TYPES[declared[name].type])
 
-    def _place(self, guess: Guess, steps: Sequence[GraphStep]) -> None:
+    def _place(self, guess: Guess, steps: Sequence[Step]) -> None:
         """Have the guess made as early as it can be: before the first experts that run after
         all it reads is there, if they are not those it is about."""
         missing = set(guess.inputs.values()) - self._engine.manifest.plan.state.keys()
         missing -= self._engine.manifest.plan.inputs.keys()
         for at, step in enumerate(steps):
+            if isinstance(step, ExpertsStep):
+                missing.discard(step.y)
+                continue
             if step.experts is not None and not missing:
                 if step.experts.layer != guess.layer:
                     for side in (0, 1):
-                        self._sides[side][at].guesses.append(self._bind_guess(guess, side))
+                        bound = self._sides[side][at]
+                        assert isinstance(bound, _BoundStep)
+                        bound.guesses.append(self._bind_guess(guess, side))
                 return
             missing -= set(step.outputs.values())
 
@@ -190,7 +238,43 @@ class BoundDecode:
         binding.bind_ortvalue_output(guess.ids, _value(ids))
         return _BoundGuess(guess.layer, guess.graph, session, binding, ids)
 
-    def _bind(self, step: GraphStep, side: int) -> _BoundStep:
+    def _expert_output(self, step: ExpertsStep) -> Array:
+        """Room for one token's `y`, as wide as the graph says, or as its input."""
+        graph = self._engine.kinds[step.layer].graph
+        declared = self._engine.sessions.get(graph).get_outputs()[0].shape[-1]
+        width = declared if isinstance(declared, int) else self._values[step.x].shape[1]
+        return np.zeros((1, width), dtype=np.float32)
+
+    def _bind_experts(self, step: ExpertsStep, side: int) -> _BoundExperts:
+        engine = self._engine
+        kind = engine.kinds[step.layer]
+        session = engine.sessions.get(kind.graph)
+        binding = session.io_binding()
+        read = {**self._values, **self._state.buffers[side]}
+        growing = []
+        for name, value in {"x": step.x, **step.inputs}.items():
+            if value in self._rows:
+                growing.append((name, value))
+            else:
+                binding.bind_ortvalue_input(name, _value(read[value]))
+        output = self._expert_output(step)
+        binding.bind_ortvalue_output("y", _value(output))
+        return _BoundExperts(
+            step,
+            kind.graph,
+            session,
+            binding,
+            read[step.ids],
+            read[step.gates],
+            self._values[step.y],
+            output,
+            tuple(spec.name for spec in kind.tensors),
+            growing,
+        )
+
+    def _bind(self, step: Step, side: int) -> _BoundStep | _BoundExperts:
+        if isinstance(step, ExpertsStep):
+            return self._bind_experts(step, side)
         engine, state = self._engine, self._state
         session = engine.sessions.get(step.graph)
         binding = session.io_binding()

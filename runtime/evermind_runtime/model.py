@@ -96,7 +96,6 @@ class Model:
         self._pager = self._engine.pager
         self._trace: TraceWriter | None = None
         self._closed = False
-        self._binds_decode = BoundDecode.supports(self._engine)
         self._codec: TextCodec | None = None
         self._observer: Observer | None = None
         self._tokens = 0
@@ -182,9 +181,7 @@ class Model:
             self._tokens += 1
         if self._observer is not None:
             # Both programs compute the same; what is observed, prefill alone produces.
-            return self._run("prefill", inputs, state, list(self.manifest.plan.outputs))
-        if not self._binds_decode:
-            return self._run("decode", inputs, state, list(self.manifest.plan.outputs))
+            return self._run(inputs, state, list(self.manifest.plan.outputs))
         bound: BoundDecode | None = state.bindings
         # A state may come from another model of the same package.
         if bound is None or not bound.belongs_to(self._engine):
@@ -334,7 +331,7 @@ class Model:
                 else:
                     with self._lock:
                         self._tokens += min(chunk, count - begin)
-                    parts.append(self._run("prefill", part, state, wanted))
+                    parts.append(self._run(part, state, wanted))
         except BaseException:
             if before is not None:
                 state.restore(before)
@@ -357,14 +354,12 @@ class Model:
         return PREFILL_CHUNK if cut else count
 
     def _run(
-        self, program: Steps, inputs: Mapping[str, Array], state: State, wanted: Sequence[str]
+        self, inputs: Mapping[str, Array], state: State, wanted: Sequence[str]
     ) -> dict[str, Array]:
         plan = self.manifest.plan
         names = {name: plan.outputs[name].value or name for name in wanted}
         engine, observer = self._engine, self._observer
-        steps = engine.prefill if program == "prefill" else engine.decode
-        if observer:
-            steps = plan.prefill
+        steps = plan.prefill if observer else engine.prefill
         needed = [*names.values(), *(observer.wanted if observer else ())]
         values = run_program(engine, steps, inputs, state, needed, observer)
         if observer:

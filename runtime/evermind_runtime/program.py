@@ -213,7 +213,7 @@ def _run_experts(
     """
     x, ids, gates = board[step.x], board[step.ids], board[step.gates]
     kind = engine.kinds[step.layer]
-    ids = np.where(gates == 0, -1, _checked(step, ids))
+    ids = np.where(gates == 0, -1, checked_ids(step, ids))
     tokens: list[list[int]] = ids.tolist()
     if int(ids.min()) < 0:
         tokens = [[expert for expert in token if expert >= 0] for token in tokens]
@@ -246,7 +246,7 @@ def _run_experts(
     return y
 
 
-def _checked(step: ExpertsStep, ids: Array) -> Array:
+def checked_ids(step: ExpertsStep, ids: Array) -> Array:
     """`ids`. Raises `GraphError` if an expert stands twice for a token, or is none."""
     ranked = np.sort(ids, axis=1)
     if ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] != -1)).any():
