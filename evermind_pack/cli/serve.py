@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if args.json:
             print_json({"url": server.url, "package": package.location, "digest": package.digest})
+            sys.stdout.flush()  # whoever started us waits for it
         else:
             remark(f"{package.manifest.name} at {server.url} (Ctrl-C ends)", quiet=args.quiet)
         _serve(server)

@@ -9,7 +9,7 @@ from typing import Final
 # Each range costs a head and a read; nobody who means well asks for more.
 MAX_RANGES: Final = 16
 
-_SPEC = re.compile(r"(\d{0,16})-(\d{0,16})")
+_SPEC = re.compile(r"(\d{0,16})-(\d{0,16})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from .open_remote import open_remote_package, open_remote_store
 from .options import RemoteOptions
-from .urls import is_url, shown_location
+from .urls import is_url
 
 __all__ = [
     "RemoteOptions",
     "is_url",
     "open_remote_package",
     "open_remote_store",
-    "shown_location",
 ]

@@ -37,8 +37,8 @@ _CHUNK = 64 * 1024
 _MAX_REDIRECTS = 5
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,16})-(\d{1,16})/(\d{1,16}|\*)")
-_UNSATISFIED = re.compile(r"bytes \*/(\d{1,16})")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,16})-(\d{1,16})/(\d{1,16}|\*)", re.ASCII)
+_UNSATISFIED = re.compile(r"bytes \*/(\d{1,16})", re.ASCII)
 
 
 class HttpStore(RemoteStore):

@@ -28,7 +28,7 @@ from .options import RemoteOptions
 from .records import Records
 from .remote import RemoteStore, StreamStore
 from .remote_zip import RemoteZip
-from .urls import HTTP_SCHEMES, Url, parse_url
+from .urls import HTTP_SCHEMES, Url, parse_location
 
 
 def open_remote_package(location: str, options: RemoteOptions) -> Package:
@@ -39,7 +39,7 @@ def open_remote_package(location: str, options: RemoteOptions) -> Package:
     package other than the one pinned, `OfflineError` for one that is not in the cache, or
     what `open_package` raises.
     """
-    url = parse_url(location)
+    url = parse_location(location)
     cache = DiskCache(options.cache_folder, options.cache_bytes)
     if options.offline:
         return _package(None, cache, _from_cache(url, cache, options), url, options)
@@ -66,7 +66,7 @@ def open_remote_store(location: str, options: RemoteOptions) -> StreamStore:
     Raises `LocationError`, `MissingExtraError`; for a zip also what reading its directory
     raises.
     """
-    url = parse_url(location)
+    url = parse_location(location)
     archive: RemoteStore
     if url.scheme in HTTP_SCHEMES:
         from .http import HttpStore

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import ipaddress
-import os
 import re
 from dataclasses import dataclass, replace
 from typing import Final
@@ -77,7 +76,11 @@ class Url:
 
     def redirected(self, location: str) -> Url:
         """Where a `Location` header points. Raises `LocationError` for anything but http(s)."""
-        url = parse_url(urljoin(self.target, location))
+        try:
+            joined = urljoin(self.target, location)
+        except ValueError:
+            raise LocationError(f"{self.shown}: redirects to a malformed address") from None
+        url = parse_url(joined)
         if url.scheme not in HTTP_SCHEMES:
             raise LocationError(f"{self.shown}: redirects to a {url.scheme}: address")
         # Credentials in a redirect are the server's idea, not the user's.
@@ -104,8 +107,6 @@ def parse_url(text: str) -> Url:
     path = quote(parts.path, safe=_PATH_SAFE)
     if scheme in HTTP_SCHEMES:
         path = path or "/"
-    if path.endswith("/" + MANIFEST_NAME):
-        path = path[: -len(MANIFEST_NAME)]
     auth = None
     if parts.username is not None:
         secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
@@ -113,11 +114,12 @@ def parse_url(text: str) -> Url:
     return Url(scheme, host, port, path, parts.query, auth)
 
 
-def shown_location(location: str | os.PathLike[str]) -> str:
-    """A location for a message: a URL without its secrets, a path as it is."""
-    if is_url(location):
-        return parse_url(str(location)).shown
-    return shorten(location)
+def parse_location(text: str) -> Url:
+    """The URL of a package as a user names it: that of its manifest means the folder."""
+    url = parse_url(text)
+    if url.path.endswith("/" + MANIFEST_NAME):
+        return replace(url, path=url.path[: -len(MANIFEST_NAME)])
+    return url
 
 
 def is_public(address: str) -> bool:

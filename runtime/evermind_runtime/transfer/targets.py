@@ -23,7 +23,7 @@ from evermind_manifests.manifest import (
 
 from ..stores.disk_cache import Part, WrongDigestError
 from ..stores.options import RemoteOptions
-from ..stores.urls import HTTP_SCHEMES, is_url, parse_url
+from ..stores.urls import HTTP_SCHEMES, is_url, parse_location
 from .source import Source
 
 # Hidden, so no package can have a file there.
@@ -64,7 +64,7 @@ def open_target(location: str, options: RemoteOptions) -> Target:
     """
     if not is_url(location):
         return FolderTarget(Path(location))
-    url = parse_url(location)
+    url = parse_location(location)
     if not url.is_folder:
         raise LocationError(f"{url.shown}: packages are copied to folders, not into a .zip")
     if url.scheme in HTTP_SCHEMES:
