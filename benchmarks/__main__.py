@@ -28,6 +28,7 @@ NAMES = (
     "policies",
     "memory",
     "opening",
+    "network",
     "export",
     "scaling",
     "tokitai",

@@ -36,6 +36,7 @@ from .program import run_program
 from .shard_reader import IoMode, Verify
 from .state import Array, State
 from .stats import Stats
+from .stores.cached import CachedStore
 from .stores.options import RemoteOptions
 from .stores.warm_up import warm_up
 from .tokenizer import TextCodec, open_codec
@@ -95,6 +96,7 @@ class Model:
         self.budget = self.plan.budget
         self._pager = self._engine.pager
         self._trace: TraceWriter | None = None
+        self._listen(None)
         self._closed = False
         self._codec: TextCodec | None = None
         self._observer: Observer | None = None
@@ -235,10 +237,25 @@ class Model:
         writer = None
         if path is not None:
             writer = TraceWriter(path, self.digest, expert_layers(self.manifest))
-        self._pager.recorder = writer.write if writer else None
+        self._listen(writer)
         if self._trace:
             self._trace.close()
         self._trace = writer
+
+    def _listen(self, writer: TraceWriter | None) -> None:
+        """Tell of routed steps: a trace, and a server's store what it will be asked for."""
+        store = self._package.store
+        expect = store.expect if isinstance(store, CachedStore) else None
+        if expect is None or writer is None:
+            self._pager.recorder = writer.write if writer else expect
+            return
+        tell, write = expect, writer.write
+
+        def both(layer: int, tokens: Sequence[Sequence[int]]) -> None:
+            tell(layer, tokens)
+            write(layer, tokens)
+
+        self._pager.recorder = both
 
     def observe(self, on: bool = True) -> None:
         """Begin to collect statistics for `introspect` (anew, if it had begun), or end it.

@@ -7,6 +7,7 @@ depend on the order in which threads ask.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -62,6 +63,7 @@ class Server(ThreadingHTTPServer):
         self.authorizations: list[str | None] = []
         self.faults: Counter[str] = Counter()
         self.guard = threading.Lock()
+        self._contents: dict[Path, tuple[tuple[int, int, int], bytes]] = {}
         self._next_free = time.monotonic()
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -77,6 +79,15 @@ class Server(ThreadingHTTPServer):
         self.requests.clear()
         self.sent.clear()
         self.log.clear()
+
+    def content(self, file: Path) -> bytes:
+        """A file's bytes, read once as long as it is the same."""
+        info = file.stat()
+        key = info.st_ino, info.st_mtime_ns, info.st_size
+        known = self._contents.get(file)
+        if known is None or known[0] != key:
+            known = self._contents[file] = key, file.read_bytes()
+        return known[1]
 
     def throttle(self, count: int) -> None:
         """Wait as long as `count` bytes take on a line shared by all connections."""
@@ -130,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         if path in how.replaced:
             data = how.replaced[path]
         elif file.is_file():
-            data = file.read_bytes()
+            data = server.content(file)
         else:
             self.answer(404, b"", body=body)
             return
@@ -208,10 +219,16 @@ class Handler(BaseHTTPRequestHandler):
 
     @staticmethod
     def tag(data: bytes) -> str:
-        return f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+        return f'"{_digest(data)}"'
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
+
+
+@functools.lru_cache(256)
+def _digest(data: bytes) -> str:
+    # A bytes object remembers its hash, so a file served often is not hashed again.
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """A package on a server, read through the cache on disk: each blob is fetched once, ever.
 
-Reads are demands: they go first. `prefetch` works in the background and starts nothing while
-a demand is being fetched; `fetch` does the same work in the foreground.
+Reads are demands: they go first. What a step will read is announced with `expect`, so that its
+experts come together rather than one after the other. `prefetch` works in the background and
+starts nothing while a demand is being fetched; `fetch` does the same in the foreground.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,12 +86,18 @@ class CachedStore(Store):
         self._starts = {
             path: [blob.offset for blob in blobs] for path, blobs in self._blobs.items()
         }
-        self._shards = {shard.sha256 for shard in manifest.shards}
+        self._experts = {
+            (one.layer, one.expert): Blob(one.sha256, one.file, one.offset, one.bytes)
+            for one in manifest.shards
+        }
+        #: Digests that this store once had or asked for.
+        self._seen: set[str] = set()
         self._concurrency = concurrency
         self._state = threading.Condition()
         self._demands = 0
         self._closed = False
-        self._queue: deque[Fetch] = deque()
+        self._urgent: deque[Fetch] = deque()
+        self._later: deque[Fetch] = deque()
         self._workers: list[threading.Thread] = []
         self._warned = False
 
@@ -184,9 +191,26 @@ class CachedStore(Store):
 
     def blobs_of_experts(self, keys: Iterable[tuple[int, int]]) -> list[Blob]:
         """The shards of (layer, expert) keys, in their order."""
-        shards = {(shard.layer, shard.expert): shard for shard in self._manifest.shards}
-        found = [shards[key] for key in keys if key in shards]
-        return [Blob(one.sha256, one.file, one.offset, one.bytes) for one in found]
+        return [self._experts[key] for key in keys if key in self._experts]
+
+    def expect(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
+        """A step is about to read the experts its tokens are routed to: begin to fetch them.
+
+        Returns at once. A shard is fetched so once at most, however long it is kept.
+        """
+        keys = sorted({(layer, expert) for token in tokens for expert in token})
+        blobs = [one for one in self.blobs_of_experts(keys) if one.digest not in self._seen]
+        # A single one is fetched by whoever reads it.
+        if len(blobs) < 2 or self.remote is None:
+            return
+        self._seen.update(blob.digest for blob in blobs)
+        try:
+            jobs = plan_fetches(self.missing(blobs))
+        except OSError:
+            return  # who reads them will see that there is no cache
+        with self._state:
+            self._urgent.extend(jobs)
+            self._start_workers()
 
     def fetch(self, blobs: Iterable[Blob], progress: Progress = lambda done, total: None) -> int:
         """Bring all of `blobs` into the cache, several requests at a time; the bytes fetched.
@@ -236,15 +260,8 @@ class CachedStore(Store):
         """
         jobs = plan_fetches(self.missing(blobs)) if self.remote is not None else []
         with self._state:
-            if self._closed:
-                return
-            self._queue = deque(jobs)
-            alive = [worker for worker in self._workers if worker.is_alive()]
-            for _ in range(min(len(jobs), self._concurrency) - len(alive)):
-                worker = threading.Thread(target=self._work, name="evermind-prefetch", daemon=True)
-                alive.append(worker)
-                worker.start()
-            self._workers = alive
+            self._later = deque(jobs)
+            self._start_workers()
 
     def cache_failed(self, error: OSError) -> None:
         """Say once, as a `CacheWarning`, that the cache cannot be used."""
@@ -261,7 +278,8 @@ class CachedStore(Store):
         """See `Store.close`; background work ends first."""
         with self._state:
             self._closed = True
-            self._queue.clear()
+            self._urgent.clear()
+            self._later.clear()
             self._state.notify_all()
         if self.remote is not None:
             self.remote.close()
@@ -269,74 +287,96 @@ class CachedStore(Store):
             # They wait for bytes at most as long as a request may.
             worker.join(1.0)
 
+    def _start_workers(self) -> None:
+        """One for each job, as far as so many may be in flight. With `_state` held."""
+        if self._closed:
+            return
+        alive = [worker for worker in self._workers if worker.is_alive()]
+        wanted = min(len(self._urgent) + len(self._later), self._concurrency)
+        for _ in range(wanted - len(alive)):
+            worker = threading.Thread(target=self._work, name="evermind-fetch", daemon=True)
+            alive.append(worker)
+            worker.start()
+        self._workers = alive
+        self._state.notify_all()
+
     def _work(self) -> None:
         failures = 0
-        while failures < _PREFETCH_FAILURES:
-            with self._state:
-                while self._demands and not self._closed:
-                    self._state.wait()
-                if self._closed or not self._queue:
-                    return
-                job = self._queue.popleft()
+        while failures < _PREFETCH_FAILURES and (job := self._next()):
             try:
                 self._download(job, lambda: self._closed)
                 failures = 0
             except (EvermindPackError, OSError):
                 failures += 1
 
+    def _next(self) -> Fetch | None:
+        """What to fetch in the background; None when there is nothing left."""
+        with self._state:
+            while not self._closed:
+                if self._urgent:
+                    return self._urgent.popleft()
+                if not self._later:
+                    return None
+                if not self._demands:
+                    return self._later.popleft()
+                self._state.wait()
+            return None
+
     def _download(self, job: Fetch, stopped: Callable[[], bool]) -> None:
         """One planned request into the cache, less what is there or being fetched by others."""
-        remote = self.remote
-        assert remote is not None
         parts: dict[str, Part] = {}
         try:
             for blob in job.blobs:
                 if part := self.cache.claim(blob.digest, blob.bytes):
                     parts[blob.digest] = part
             claimed = [blob for blob in job.blobs if blob.digest in parts]
-            for blob in claimed:
-                if 0 < parts[blob.digest].done < blob.bytes:
-                    begin = parts[blob.digest].done
-                    rest = Blob(blob.digest, blob.path, blob.offset + begin, blob.bytes - begin)
-                    self._stream(Fetch(rest.path, rest.offset, rest.bytes, (rest,)), parts, stopped)
-            fresh = [blob for blob in claimed if not parts[blob.digest].done]
-            for one in plan_fetches(fresh):
+            begun = [blob for blob in claimed if parts[blob.digest].done]
+            for blob in begun:
+                done = parts[blob.digest].done
+                rest = Blob(blob.digest, blob.path, blob.offset + done, blob.bytes - done)
+                self._stream(Fetch(rest.path, rest.offset, rest.bytes, (rest,)), parts, stopped)
+            for one in plan_fetches(blob for blob in claimed if blob not in begun):
                 self._stream(one, parts, stopped)
-            for blob in claimed:
-                part = parts[blob.digest]
-                if part.done == blob.bytes and not stopped():
-                    try:
-                        self.cache.admit(part)
-                        self.counters.fetched += 1
-                    except WrongDigestError:
-                        continue  # a demand will ask again, and tell
         finally:
             for part in parts.values():
                 part.close()
 
     def _stream(self, job: Fetch, parts: dict[str, Part], stopped: Callable[[], bool]) -> None:
-        """Split one range among the parts of its blobs."""
+        """Split a range among its blobs; each is an object as soon as it is whole."""
         assert self.remote is not None
         pending = deque(job.blobs)
         at = job.offset
 
+        def finish() -> None:
+            part = parts[pending.popleft().digest]
+            try:
+                self.cache.admit(part)
+                self.counters.fetched += 1
+            except WrongDigestError:
+                pass  # a demand will ask again, and tell
+            part.close()
+
         def sink(chunk: bytes | memoryview) -> None:
             nonlocal at
-            if stopped():
-                raise ClosedError(f"{self.location}: stopped")
             view = memoryview(chunk)
             while len(view) and pending:
                 blob = pending[0]
                 skipped = min(len(view), max(0, blob.offset - at))
                 taken = min(len(view) - skipped, blob.end - at - skipped)
-                parts[blob.digest].write(view[skipped : skipped + taken])
+                if taken:
+                    parts[blob.digest].write(view[skipped : skipped + taken])
                 at += skipped + taken
                 view = view[skipped + taken :]
                 if at == blob.end:
-                    pending.popleft()
+                    finish()
+            if stopped():
+                raise ClosedError(f"{self.location}: stopped")
 
         total = self._entry(job.path)
-        self.remote.stream(job.path, job.offset, job.bytes, sink, total=total)
+        if job.bytes:
+            self.remote.stream(job.path, job.offset, job.bytes, sink, total=total)
+        while pending and pending[0].end <= at:
+            finish()  # without a byte of its own to wait for
 
     def _read_blob(self, blob: Blob, at: int, view: memoryview) -> None:
         """Fill `view` from the blob's byte `at` on."""
@@ -355,6 +395,7 @@ class CachedStore(Store):
 
     def _obtain(self, blob: Blob) -> int:
         """A descriptor of the blob in the cache, downloaded if need be."""
+        self._seen.add(blob.digest)
         fd = self.cache.find(blob.digest)
         if fd is not None:
             self.counters.hits += 1
@@ -424,9 +465,10 @@ class CachedStore(Store):
     def _names(self, blob: Blob) -> tuple[str, str, type[DigestError]]:
         """How an error calls the blob: place, field of the manifest, kind of error."""
         where = f"{blob.path}@{blob.offset}" if blob.offset else blob.path
-        if blob.digest not in self._shards:
-            return where, f"files[{blob.path!r}]", DigestError
-        return where, "shards", ShardDigestError
+        for (layer, expert), shard in self._experts.items():
+            if shard.digest == blob.digest:
+                return where, f"shard of layer {layer}, expert {expert}", ShardDigestError
+        return where, f"files[{blob.path!r}]", DigestError
 
     def _entry(self, path: str) -> int:
         entry = self._manifest.files.get(path)

@@ -252,7 +252,7 @@ class DiskCache:
                     hint="End that process, or choose another cache folder (EVERMIND_CACHE).",
                 )
             time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+            pause = min(2 * pause, 0.01)
 
     def _admit(self, part: Part) -> int:
         """Rename a complete part to its object; a descriptor of it.

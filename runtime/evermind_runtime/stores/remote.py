@@ -88,6 +88,7 @@ class RemoteCounters:
 class StreamStore(Store):
     """A store whose files come as streams of bytes. Thread-safe."""
 
+    local = False
     options: RemoteOptions
     counters: RemoteCounters
 
@@ -146,8 +147,6 @@ class StreamStore(Store):
 
 class RemoteStore(StreamStore):
     """Named files on a server, read by ranges. Thread-safe."""
-
-    local = False
 
     def __init__(self, location: str, options: RemoteOptions) -> None:
         self.location = location

@@ -89,7 +89,12 @@ class RemoteZip(StreamStore):
             self._stream_with_head(member, head, length, sink)
             return
         if member.data < 0:
-            member.data = find_data(self._read, member, self.location)
+            read: Reader = self._read
+            if head <= _MAX_HEAD_BYTES:
+                begun = bytearray(head)
+                self._archive.read_into("", member.header, memoryview(begun))
+                read = self._reader_of(begun, member)
+            member.data = find_data(read, member, self.location)
         self._archive.stream("", member.data + offset, length, sink)
 
     def close(self) -> None:
