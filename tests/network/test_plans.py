@@ -124,6 +124,14 @@ def test_urls() -> None:
             url.redirected(bad)
 
 
+@pytest.mark.parametrize(
+    "host", ["a\\b", "%41", "a%b", "-a", "[v1.x%00]", "a,b", "a'b", "[::1%25eth0]", "a;b", "¨"]
+)
+def test_hosts_that_two_parsers_would_read_differently(host: str) -> None:
+    with pytest.raises(LocationError):
+        parse_url(f"http://{host}/")
+
+
 @settings(max_examples=60)
 @given(st.text(max_size=20).map("http://{}".format))
 def test_any_text_is_a_url_or_refused(text: str) -> None:

@@ -397,7 +397,7 @@ def test_prefetch_by_profile(
     [
         ("ftp://127.0.0.1/x", LocationError, "expected .*https"),
         ("http:///x", LocationError, "without a host"),
-        ("http://a b/", LocationError, "percent-encode|malformed"),
+        ("http://a b/", LocationError, "percent-encode|no host"),
         ("http://127.0.0.1:99999/x", LocationError, "malformed"),
         (
             "http://user:secret@127.0.0.1:1/x?sig=secret",

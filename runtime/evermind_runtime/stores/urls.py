@@ -21,6 +21,7 @@ HTTP_SCHEMES: Final = frozenset({"http", "https"})
 OBJECT_SCHEMES: Final = frozenset({"s3", "gs", "az", "abfs", "abfss", "file", "memory"})
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9._])?")
 _PORTS = {"http": 80, "https": 443}
 # What a path may hold unquoted (RFC 3986, pchar) beside what quote() always leaves.
 _PATH_SAFE = "/!$&'()*+,;=:@%"
@@ -102,6 +103,9 @@ def parse_url(text: str) -> Url:
         raise LocationError(f"{scheme}: packages are not read from there; expected {known}")
     if not host and scheme not in ("file", "memory"):
         raise LocationError(f"{scheme}://: a URL without a host")
+    # No character that another parser could take for the end of the host.
+    if host and not (_HOST.fullmatch(host) or _is_ipv6(host)):
+        raise LocationError(f"{scheme}://{host[:80]!r}: is no host's name or address")
     if any(ord(character) <= 32 or ord(character) == 127 for character in text):
         raise LocationError("a URL holds a space or a control character: percent-encode it")
     path = quote(parts.path, safe=_PATH_SAFE)
@@ -120,6 +124,13 @@ def parse_location(text: str) -> Url:
     if url.path.endswith("/" + MANIFEST_NAME):
         return replace(url, path=url.path[: -len(MANIFEST_NAME)])
     return url
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.IPv6Address(host).scope_id is None
+    except ValueError:
+        return False
 
 
 def is_public(address: str) -> bool:
