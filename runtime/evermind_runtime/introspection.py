@@ -14,8 +14,8 @@ import numpy as np
 from evermind_manifests.manifest import Layer
 
 from .counts import ExpertCounts
+from .jobs import ExpertPages
 from .observer import ExpertStatistics, Observer, RouterStatistics, load_balance
-from .pager import ExpertPages
 from .policies import ExpertKey
 from .state import Array
 

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import get_args
 
@@ -27,6 +26,7 @@ from evermind_manifests.package import Package
 from .budget import check_budget
 from .devices import Device, Slot
 from .guessing import GuessMode, GuessRecord
+from .jobs import ExpertPages, Job, PagerCounters, make_gate, open_gates
 from .layers import slot_bytes
 from .policies import ExpertKey, Policy
 from .read_plan import AHEAD, plan_batches, reads_in_threads
@@ -36,68 +36,6 @@ from .slots import SlotTable
 
 # How often one who waits for room looks for pins that Ctrl-C has left.
 _RECLAIM_SECONDS = 1.0
-
-
-@dataclass(slots=True)
-class PagerCounters:
-    """What has happened so far. Bytes are as read from the store, times in seconds."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    #: Summed over reads; several may run at once.
-    read_seconds: float = 0.0
-    #: What callers spent until the experts they missed were there, whoever read them.
-    wait_seconds: float = 0.0
-    #: Experts read on a guess, those of them that were needed, and the bytes of the others.
-    prefetches: int = 0
-    prefetches_used: int = 0
-    prefetch_wasted_bytes: int = 0
-
-
-@dataclass(slots=True)
-class ExpertPages:
-    """What has happened to one expert so far."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-
-
-class Job:
-    """One read into slots, which it pins until it is done. Guarded by the pager's lock."""
-
-    __slots__ = (
-        "cancelled",
-        "claimed",
-        "done",
-        "error",
-        "gates",
-        "guess",
-        "keys",
-        "read",
-        "slots",
-        "thread",
-        "wanted",
-    )
-
-    def __init__(self, *, wanted: bool, guess: bool = False) -> None:
-        #: Whether a step waits for it; else it is read ahead, and may be given up.
-        self.wanted = wanted
-        #: Whether it is read on a guess: with what the disk can spare, in pieces.
-        self.guess = guess
-        self.keys: list[ExpertKey] = []
-        self.slots: list[Slot] = []
-        #: Bytes read so far, by key.
-        self.read: list[int] = []
-        #: Whether a thread has begun with it; `thread` is that one, or who made it.
-        self.claimed = False
-        self.thread = threading.get_ident()
-        self.cancelled = False
-        self.done = False
-        self.error: BaseException | None = None
-        #: Held locks of callers that wait; released when it is done.
-        self.gates: list[threading.Lock] = []
 
 
 class Pins:
@@ -312,7 +250,7 @@ class Pager:
             self._closed = True
             for job in set(self._table.loading.values()):
                 self._give_up(job)
-            _open(self._waiting)
+            open_gates(self._waiting)
         if self._readers:
             self._readers.close()
         self.reader.close()
@@ -372,7 +310,7 @@ class Pager:
                     jobs = self._start(keys, pinned, mine)
                 else:
                     self._cancel()
-                    gate = _gate(self._waiting)
+                    gate = make_gate(self._waiting)
             if not fits:
                 gate.acquire(timeout=_RECLAIM_SECONDS)
             elif self._complete(jobs, mine):
@@ -395,7 +333,7 @@ class Pager:
             if key in table.loading:
                 job = table.loading[key]
                 self._demands += not job.wanted
-                job.wanted = True
+                job.wanted, job.cancelled = True, False
                 table.pin(job.slots[job.keys.index(key)], pinned)
                 jobs.append(job)
             elif key not in table.resident:
@@ -446,7 +384,8 @@ class Pager:
                 self._await(job)
         for job in jobs:
             if job.error is not None:
-                if job in mine and isinstance(job.error, Exception):
+                gave_up = isinstance(job.error, ReadAbandonedError)
+                if job in mine and isinstance(job.error, Exception) and not gave_up:
                     raise job.error
                 return False
         return True
@@ -463,7 +402,7 @@ class Pager:
         with self._lock:
             if job.done:
                 return
-            gate = _gate(job.gates)
+            gate = make_gate(job.gates)
         gate.acquire()
 
     def _work(self) -> None:
@@ -518,9 +457,9 @@ class Pager:
         job.done = True
         self._demands -= job.wanted
         if job.gates:
-            _open(job.gates)
+            open_gates(job.gates)
         if self._waiting:
-            _open(self._waiting)
+            open_gates(self._waiting)
         if job.cancelled or isinstance(error, ReadAbandonedError):
             self.counters.prefetch_wasted_bytes += sum(job.read)
         if self._guesses and self._readers and not self._demands:
@@ -560,7 +499,7 @@ class Pager:
     def _let_go(self, pinned: list[Slot]) -> None:
         with self._lock:
             if self._table.unpin(pinned):
-                _open(self._waiting)
+                open_gates(self._waiting)
 
     def _reclaim(self) -> None:
         while self._dropped:
@@ -578,7 +517,7 @@ class Pager:
                     self._settle(job, ReadAbandonedError())
             self._table.recover(lambda job: job.slots)
             self._demands = sum(job.wanted for job in set(self._table.loading.values()))
-            _open(self._waiting)
+            open_gates(self._waiting)
 
     def _spare(self, key: ExpertKey) -> bool:
         """Whether nobody uses `key` now, nor has it been read for one who soon will."""
@@ -586,19 +525,3 @@ class Pager:
 
     def _closed_error(self) -> ClosedError:
         return ClosedError(f"{self._package.location}: this model has been closed")
-
-
-def _gate(gates: list[threading.Lock]) -> threading.Lock:
-    """A held lock in `gates`: whoever opens them lets its next `acquire` through."""
-    gate = threading.Lock()
-    gate.acquire()
-    gates.append(gate)
-    return gate
-
-
-def _open(gates: list[threading.Lock]) -> None:
-    while gates:
-        gate = gates.pop()
-        # One that waited in vain for a while may hold it no more.
-        if gate.locked():
-            gate.release()

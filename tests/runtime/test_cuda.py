@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from evermind_manifests.errors import DeviceError
+from evermind_runtime.devices import _Staging
 
 HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
 needs_cuda = pytest.mark.skipif(
@@ -35,6 +36,14 @@ def test_cuda_generates_the_same_tokens(lm_package: Path) -> None:
     with em.load(lm_package) as cpu, em.load(lm_package, device="cuda", budget="25%") as cuda:
         expected = [piece.token for piece in cpu.generate([1, 2], max_new_tokens=30)]
         assert [piece.token for piece in cuda.generate([1, 2], max_new_tokens=30)] == expected
+
+
+def test_readers_at_work_at_once_have_staging_buffers_of_their_own() -> None:
+    staging = _Staging()
+    with staging.borrow(4096) as (one, _), staging.borrow(4096) as (other, _):
+        assert not np.shares_memory(one, other)
+    with staging.borrow(4096) as (again, _):
+        assert np.shares_memory(again, one) or np.shares_memory(again, other)
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="a CUDA provider is there")
