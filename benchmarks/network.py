@@ -41,13 +41,13 @@ def measure(quick: bool) -> Report:
         root = Path(name)
         package(source, root / "origin" / "files")
         package(source, root / "origin" / "pool.zip", layout="pool")
-        first_token(str(root / "origin" / "files"), RemoteOptions())  # imports, thread pool
+        allowed = _needed(root)  # imports and starts the thread pool, too
         for rate in rates:
             sides = _round(root, rate, rounds=1 if quick or rate < 100 else 3)
             whole = sides["download, then run"][0]
             for side, (seconds, sent) in sides.items():
                 rows.append([f"{rate} Mbit/s, {side}", seconds, sent / MIB, whole / seconds])
-            sent, allowed = sides["empty cache, files"][1], _needed(root)
+            sent = sides["empty cache, files"][1]
             met &= sent <= allowed * (1 + SPARE)
             found.append(f"{sent / allowed - 1:+.1%}")
     title = (
@@ -111,19 +111,15 @@ def _line(root: Path, rate: int) -> Iterator[Server]:
 
 
 def _needed(root: Path) -> int:
-    """Bytes of the resident part and of the experts that the prompt routes to."""
-    routed: set[tuple[int, int]] = set()
+    """Bytes of the resident part and of the experts that the first token needs."""
     folder = root / "origin" / "files"
-    with em.load(folder) as model:
-        outputs = model.forward({"tokens": PROMPT})
-        for layer in model.manifest.layers:
-            ids = outputs[f"ids.{layer.layer}"]
-            routed |= {(layer.layer, int(expert)) for expert in ids.flat}
+    # Not in pools, for which all experts are read.
+    with em.load(folder, plan="half") as model:
+        next(iter(model.generate(PROMPT, max_new_tokens=1)))
+        experts = model.stats().bytes_read
         manifest = model.manifest
     always = sum(manifest.files[path].bytes for path in files_of_every_run(manifest))
-    shards = {(shard.layer, shard.expert): shard.bytes for shard in manifest.shards}
-    resident = (folder / "manifest.json").stat().st_size + always
-    return resident + sum(shards[key] for key in routed)
+    return (folder / "manifest.json").stat().st_size + always + experts
 
 
 if __name__ == "__main__":
