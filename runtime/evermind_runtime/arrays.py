@@ -86,7 +86,7 @@ def join_tokens(spec: ValueSpec, parts: Sequence[Array]) -> Array:
 def tokens_in(plan: Plan, inputs: Mapping[str, Array]) -> int:
     """T: the length of the axis the plan calls by that name."""
     for name, spec in plan.inputs.items():
-        if "T" in spec.shape:
+        if name in inputs and "T" in spec.shape:
             return int(inputs[name].shape[spec.shape.index("T")])
     return 1
 

@@ -91,6 +91,8 @@ class SynapseModel(SynapseModule):
         tokens = ValueSpec(
             dtype="i64", shape=("T",), limit=config["vocab_size"], aliases=("input_ids",)
         )
+        # The seed's forward takes labels beside the tokens; they change its loss only.
+        labels = ValueSpec(dtype="i64", shape=("T",), default=-100)
         return Blueprint(
             kinds={KIND: swiglu_kind(config, dtype)},
             layers=tuple(
@@ -99,7 +101,7 @@ class SynapseModel(SynapseModule):
             ),
             graphs=graphs,
             plan=Plan(
-                inputs={"tokens": tokens},
+                inputs={"tokens": tokens, "labels": labels},
                 outputs=outputs,
                 state=dims.states,
                 prefill=tuple(programs["prefill"]),
