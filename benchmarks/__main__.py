@@ -61,11 +61,11 @@ def main() -> int:
             continue
         reports[name] = report
         print(as_text(report), flush=True)
+        if not options.quick:
+            _write(name, report, described)
     if options.json:
         found = {name: asdict(report) for name, report in reports.items()}
         options.json.write_text(json.dumps({"machine": dict(described), **found}, indent=1))
-    if not options.quick:
-        _write(reports, described)
     return 0 if len(reports) == len(names) else 1
 
 
@@ -78,16 +78,14 @@ def _run(name: str, *, quick: bool) -> Report | None:
     return report_of(json.loads(result.stdout.splitlines()[-1]))
 
 
-def _write(reports: dict[str, Report], described: list[tuple[str, str]]) -> None:
+def _write(name: str, report: Report, described: list[tuple[str, str]]) -> None:
+    """At once, so that a run that is stopped keeps what it found."""
     text = NOTEBOOK.read_text(encoding="utf-8")
     today = datetime.date.today().isoformat()
+    head = f"`python -m benchmarks.{name}`, {today}"
+    text = with_block(text, name, f"{head}\n\n{as_markdown(report)}")
     facts = "\n".join(f"- {name}: {value}" for name, value in described)
-    for name, report in reports.items():
-        head = f"`python -m benchmarks.{name}`, {today}"
-        text = with_block(text, name, f"{head}\n\n{as_markdown(report)}")
-    if set(reports) == set(NAMES):
-        text = with_block(text, "machine", f"{facts}\n- date: {today}")
-    NOTEBOOK.write_text(text, encoding="utf-8")
+    NOTEBOOK.write_text(with_block(text, "machine", facts), encoding="utf-8")
 
 
 def with_block(text: str, name: str, content: str) -> str:
