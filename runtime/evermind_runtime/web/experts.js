@@ -1,6 +1,6 @@
 // An experts step: tokens grouped by expert, each expert run once, in ascending order.
 
-import { filled, toTensor } from "./arrays.js";
+import { filled } from "./arrays.js";
 import { GraphError } from "./errors.js";
 
 /**
@@ -8,22 +8,20 @@ import { GraphError } from "./errors.js";
  * a run under any budget adds up the same numbers. Where a gate is 0 no expert is needed.
  */
 export async function runExperts(engine, step, board, signal) {
-  const { pager, sessions } = engine;
+  const { pager } = engine;
   const { kind } = engine.manifest.layers.get(step.layer);
   const [x, ids, gates] = [step.x, step.ids, step.gates].map((name) => board.get(name));
   const groups = groupTokens(step, ids, gates, engine.manifest.layers.get(step.layer).experts);
   engine.counts.add(step.layer, groups);
   const order = [...groups.keys()].sort((a, b) => a - b);
   const whole = kind.scope === "sequence";
-  const fixed = {};
-  for (const [input, value] of step.inputs) fixed[input] = toTensor(sessions.ort, board.get(value));
+  const fixed = [...step.inputs].map(([input, value]) => [input, board.get(value)]);
   let y = null;
   let turn = 0;
   for await (const session of pager.stream(step.layer, order, signal)) {
     const chosen = groups.get(order[turn++]);
-    const given = whole ? x : gather(x, chosen);
-    const feeds = { ...fixed, x: toTensor(sessions.ort, given) };
-    const output = (await sessions.run(kind.graph, session, feeds)).get("y");
+    const given = ["x", whole ? x : gather(x, chosen)];
+    const output = (await session.run([given, ...fixed])).get("y");
     y ??= filled("f32", [x.shape[0], output.shape[1]]);
     scatter(y, output, chosen, whole);
     await engine.breath.take(signal);
@@ -79,8 +77,7 @@ const widths = new WeakMap();
 async function outputWidth({ pager }, kind, x) {
   if (!widths.has(kind)) {
     const session = await pager.blank(kind);
-    const declared = session.outputMetadata?.[0]?.shape?.at(-1);
-    widths.set(kind, typeof declared === "number" ? declared : x.shape[1]);
+    widths.set(kind, typeof session.width === "number" ? session.width : x.shape[1]);
     await session.release();
   }
   return widths.get(kind);

@@ -1,6 +1,6 @@
 // A package that is open in the worker: everything below the RPC.
 
-import { checkInputs, concatenate, filled, fromBytes, slice, toTensor, tokensIn } from "./arrays.js";
+import { checkInputs, concatenate, filled, fromBytes, slice, tokensIn } from "./arrays.js";
 import { Blobs, readManifest } from "./blobs.js";
 import { Breath, Serial } from "./concurrency.js";
 import { parseIntegrity } from "./digest.js";
@@ -8,10 +8,10 @@ import { openDisk } from "./disk.js";
 import { InputError, UnsupportedError } from "./errors.js";
 import { Fetcher } from "./fetcher.js";
 import { MAX_MANIFEST_BYTES, expertKey, packageBytes, parseManifest } from "./manifest.js";
-import { Pager, ramBudget } from "./pager.js";
+import { Pager, plainFloats, ramBudget } from "./pager.js";
 import { neededSteps, runProgram } from "./program.js";
 import { readHeader } from "./safetensors.js";
-import { Sessions, startOnnxRuntime } from "./sessions.js";
+import { Sessions, TRUNK_DEVICE, startOnnxRuntime } from "./sessions.js";
 import { State } from "./state.js";
 import { openCodec } from "./text.js";
 
@@ -34,6 +34,7 @@ export class Model {
     const disk = await openDisk(options.store ?? "auto", options.diskBudget, notify);
     const fetcher = new Fetcher(url);
     const integrity = options.integrity ? parseIntegrity(options.integrity) : null;
+    const device = options.device ?? "wasm";
     const source = await readManifest(fetcher, disk, file, {
       url: new URL(file, url).href,
       integrity,
@@ -41,6 +42,7 @@ export class Model {
       signal,
     });
     const manifest = parseManifest(source.bytes);
+    checkDevice(manifest, device);
     const budget = ramBudget(manifest, options.ramBudget);
     const blobs = new Blobs(fetcher, disk, options.verify ?? "first", notify);
     const steps = neededSteps(manifest.plan.steps, [
@@ -49,19 +51,17 @@ export class Model {
     ]);
     const always = alwaysNeeded(manifest, steps);
     disk.keep([source.name, ...always.map((path) => manifest.files.get(path).sha256)]);
-    const device = options.device ?? "wasm";
     const threads = options.threads ?? defaultThreads();
-    const [ort, ...contents] = await Promise.all([
+    const [modules, ...contents] = await Promise.all([
       startOnnxRuntime(options.ortUrl, device, threads),
       ...always.map((path) => blobs.read({ file: path, ...manifest.files.get(path) }, signal)),
     ]);
     signal?.throwIfAborted();
     const files = new Map(always.map((path, index) => [path, contents[index]]));
-    const sessions = new Sessions(ort, device);
-    const pager = new Pager({ manifest, blobs, sessions, graphs: files, budget, notify });
+    const sessions = new Sessions(modules);
+    const pager = new Pager({ manifest, blobs, sessions, graphs: files, device, budget, notify });
     const engine = {
       manifest,
-      sessions,
       pager,
       breath: new Breath(),
       counts: new RouteCounts(manifest),
@@ -260,6 +260,7 @@ class RouteCounts {
 /** The sessions of the graphs in `steps`, and the resident tensors they bind as inputs. */
 async function openTrunk(manifest, steps, files, sessions, signal) {
   const graphs = new Map();
+  const options = { fold: "all", device: TRUNK_DEVICE };
   const { resident } = manifest;
   const external = resident ? { [resident.split("/").pop()]: files.get(resident) } : {};
   const weights = new Map();
@@ -270,12 +271,12 @@ async function openTrunk(manifest, steps, files, sessions, signal) {
     if (!spec || spec.dtype === "bf16")
       throw new UnsupportedError(`${resident}: '${name}' is missing, or bf16, which cannot be bound`);
     const bytes = files.get(resident).slice(spec.begin, spec.end);
-    weights.set(name, toTensor(sessions.ort, fromBytes(spec.dtype, spec.shape, bytes)));
+    weights.set(name, fromBytes(spec.dtype, spec.shape, bytes));
   }
   for (const { graph } of steps.filter((step) => step.kind === "graph")) {
     signal?.throwIfAborted();
     if (!graphs.has(graph))
-      graphs.set(graph, await sessions.create(graph, files.get(graph), external, { fold: "all" }));
+      graphs.set(graph, await sessions.create(graph, files.get(graph), external, options));
   }
   return { graphs, weights };
 }
@@ -302,6 +303,14 @@ function locate(address) {
   }
   if (!url.pathname.endsWith("/")) url.pathname += "/";
   return { url, file: "manifest.json" };
+}
+
+function checkDevice({ kinds }, device) {
+  for (const [name, kind] of kinds)
+    if (device !== "wasm" && !plainFloats(kind))
+      throw new UnsupportedError(`device: ${device} has no kernels for packed experts ('${name}')`, {
+        hint: "Use device: 'wasm', or export with --dtype f16.",
+      });
 }
 
 function defaultThreads() {

@@ -13,11 +13,15 @@ import { HeapFull } from "./sessions.js";
 const AHEAD = 4;
 const DEFAULT_MOST = 1.5 * 2 ** 30;
 
+/** Whether an expert's weights are numbers as they are computed with. */
+export function plainFloats(kind) {
+  return kind.tensors.every(({ dtype }) => ["f16", "bf16", "f32", "f64"].includes(dtype));
+}
+
 /** How ONNX Runtime holds an expert of `kind`: how far its graph is folded, in how many bytes. */
 export function held(kind) {
-  const floats = ["f16", "bf16", "f32", "f64"];
   // Packed numbers would unfold to many times their size: they stay packed.
-  if (!kind.tensors.every(({ dtype }) => floats.includes(dtype)))
+  if (!plainFloats(kind))
     return { fold: "disabled", bytes: kind.bytes };
   const bytes = kind.tensors.reduce(
     (sum, { dtype, shape }) => sum + sizeOf(shape) * Math.max(4, itemBytes(dtype)),
@@ -59,6 +63,7 @@ export class Pager {
   #blobs;
   #sessions;
   #graphs;
+  #device;
   #notify;
   #resident = new Map(); // key → entry, the least recently used first
   budget;
@@ -68,12 +73,13 @@ export class Pager {
   misses = 0;
   evictions = 0;
 
-  /** `graphs` is a Map of path to the bytes of each kind's graph. */
-  constructor({ manifest, blobs, sessions, graphs, budget, notify }) {
+  /** `graphs` is a Map of path to the bytes of each kind's graph; `device` is where experts run. */
+  constructor({ manifest, blobs, sessions, graphs, device, budget, notify }) {
     this.#manifest = manifest;
     this.#blobs = blobs;
     this.#sessions = sessions;
     this.#graphs = graphs;
+    this.#device = device;
     this.#notify = notify;
     this.budget = budget;
   }
@@ -162,7 +168,8 @@ export class Pager {
 
   #create(kind, shard) {
     const { graph } = kind;
-    return this.#sessions.create(graph, this.#graphs.get(graph), { "expert.bin": shard }, held(kind));
+    const options = { fold: held(kind).fold, device: this.#device };
+    return this.#sessions.create(graph, this.#graphs.get(graph), { "expert.bin": shard }, options);
   }
 
   /** Evicts until `bytes` fit; what this step needs later only if it `must`. */

@@ -1,6 +1,5 @@
 // The blackboard executor: it knows graph steps and experts steps, and nothing of models.
 
-import { toTensor } from "./arrays.js";
 import { NonFiniteError } from "./errors.js";
 import { runExperts } from "./experts.js";
 import { stepReads, stepWrites } from "./manifest.js";
@@ -44,11 +43,11 @@ export function neededSteps(steps, wanted) {
   return kept.reverse();
 }
 
-async function runGraph({ sessions, graphs, weights }, step, board) {
-  const feeds = {};
-  for (const [input, value] of step.inputs) feeds[input] = toTensor(sessions.ort, board.get(value));
-  for (const [input, tensor] of step.weights) feeds[input] = weights.get(tensor);
-  const found = await sessions.run(step.graph, graphs.get(step.graph), feeds);
+async function runGraph({ graphs, weights }, step, board) {
+  const found = await graphs.get(step.graph).run([
+    ...[...step.inputs].map(([input, value]) => [input, board.get(value)]),
+    ...[...step.weights].map(([input, tensor]) => [input, weights.get(tensor)]),
+  ]);
   return [...step.outputs].map(([output, value]) => [value, found.get(output)]);
 }
 

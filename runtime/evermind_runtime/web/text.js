@@ -1,12 +1,36 @@
 // Text to token ids and back.
 
-import { UnsupportedError } from "./errors.js";
+import { BpeCodec } from "./bpe.js";
 
-/** The package's tokenizer; null if it has none. */
-export function openCodec(tokenizer) {
+/**
+ * The package's tokenizer, with its `encode` and `stream`; null if it has none. One that is not
+ * known here fails when it is first asked: ids can be given and taken without it.
+ */
+export function openCodec(tokenizer, files) {
   if (!tokenizer) return null;
   if (tokenizer.kind === "bytes") return new ByteCodec();
-  return null;
+  try {
+    return new BpeCodec(files.get(tokenizer.file), tokenizer.file);
+  } catch (error) {
+    return new UnknownCodec(error);
+  }
+}
+
+/** Takes no text and gives none. */
+class UnknownCodec {
+  #reason;
+
+  constructor(reason) {
+    this.#reason = reason;
+  }
+
+  encode() {
+    throw this.#reason;
+  }
+
+  stream() {
+    return { push: () => "", finish: () => "" };
+  }
 }
 
 /** Token id = byte value. */
