@@ -18,7 +18,7 @@ from evermind_manifests.errors import DeviceError
 from evermind_manifests.manifest import DType, Kind, TensorSpec
 
 from . import onnx_runtime
-from .layers import DIRECT_BYTES
+from .layers import BLOCK, DIRECT_BYTES
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -202,7 +202,9 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
 def _host_memory(size: int) -> npt.NDArray[np.uint8]:
     if size >= DIRECT_BYTES:
         # Whole pages that belong to nobody else: what direct reads need, and what is counted.
-        return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+        # The block after them is never touched, so it takes no memory: kernels that load whole
+        # vectors may look a little past the last tensor, and would fault without it.
+        return np.frombuffer(mmap.mmap(-1, size + BLOCK), dtype=np.uint8, count=size)
     raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
     start = -raw.ctypes.data % _CACHE_LINE
     return raw[start : start + size]
