@@ -18,7 +18,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "browser"
 
 # Every page of a test gets these names.
 _PRELUDE = """
-const { EvermindPack } = await import('/web/index.js');
+const { EvermindPack } = await import('/evermind/index.js');
 const events = [];
 const open = (options = {}) => EvermindPack.open('/package/', {
   ortUrl: '/ort/', threads: 1, onProgress: (event) => events.push(event), ...options,
@@ -39,9 +39,9 @@ def missing() -> str | None:
 
 
 def make_site(folder: Path, package: Path) -> Path:
-    """A folder to serve: /web/, /ort/, /package/, and an empty page."""
+    """A folder to serve: /evermind/, /ort/, /package/, and an empty page."""
     folder.mkdir(parents=True)
-    for name, target in {"web": WEB, "ort": ORT, "package": package, "demo": DEMO}.items():
+    for name, target in {"evermind": WEB, "ort": ORT, "package": package}.items():
         (folder / name).symlink_to(target)
     (folder / "index.html").write_text("<!doctype html><title>test</title>")
     return folder

@@ -196,6 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, file: Served, *, immutable: bool, body: bool) -> None:
         cache = "public, max-age=31536000, immutable" if immutable else "no-cache"
         headers = {"ETag": file.etag, "Cache-Control": cache, "Accept-Ranges": "bytes"}
+        if file.owned:
+            # A mounted page may keep itself and what lies in other mounts for offline use.
+            headers["Service-Worker-Allowed"] = "/"
         if _matches(self.headers.get("If-None-Match"), file.etag):
             self._head(304, headers, length=None)
             return
