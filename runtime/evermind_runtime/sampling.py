@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,13 +26,17 @@ class Sampler:
         """The next token id for `logits` `(vocab,) float32`."""
         if self._temperature <= 0:
             return greedy(logits)
-        scaled = logits.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max()).astype(np.float32).astype(np.float64)
+        scaled = logits.astype(np.float64)
+        scaled /= self._temperature
+        scaled -= scaled.max()
+        weights = np.exp(scaled, out=scaled).astype(np.float32)
         # Sums and differences one by one, in order, as rounding decides on the boundary.
-        total = np.add.accumulate(weights)[-1]
-        left = np.subtract.accumulate(np.concatenate(([self._lcg.next() * total], weights)))[1:]
-        below = left <= 0
-        return int(np.argmax(below)) if below.any() else len(logits) - 1
+        left = np.empty(len(weights) + 1)
+        left[1:] = weights
+        left[0] = self._lcg.next() * np.add.accumulate(left[1:])[-1]
+        below = np.subtract.accumulate(left, out=left)[1:] <= 0
+        choice = int(below.argmax())
+        return choice if below[choice] else len(weights) - 1
 
 
 def greedy(logits: npt.NDArray[np.float32]) -> int:
@@ -38,6 +44,8 @@ def greedy(logits: npt.NDArray[np.float32]) -> int:
 
     NaN never wins, but a NaN in position 0 makes the answer 0, as in the peer.
     """
-    if np.isnan(logits[0]):
-        return 0
-    return int(np.nanargmax(logits))
+    # Where there is a NaN, argmax finds the first.
+    choice = int(logits.argmax())
+    if not math.isnan(logits[choice]):
+        return choice
+    return 0 if choice == 0 else int(np.nanargmax(logits))
