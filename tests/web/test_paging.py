@@ -363,7 +363,7 @@ def test_pools_and_networks_that_stumble(
     seen: set[str] = set()
 
     def stumble(handler: Handler, path: str) -> bool:
-        if not path.startswith("package/") or path in seen or path.endswith("manifest.json"):
+        if not path.startswith("package/") or path in seen:
             return False
         seen.add(path)
         handler.answer(503, b"")
@@ -398,6 +398,9 @@ def test_what_is_wrong_is_named(
     assert failure("await open({ device: 'npu' })")[0] == "InputError"
     assert failure("await open({ ortUrl: '/nowhere/' })")[0] == "DeviceError"
     assert failure("await open({ threads: 2 })")[0] == "DeviceError"
+    assert failure("await open({ threads: 0 })")[0] == "InputError"
+    assert failure("await open({ diskBudget: NaN })")[0] == "BudgetError"
+    assert failure("await open({ ramBudget: -1 })")[0] == "BudgetError"
     name, message = failure("await EvermindPack.open('/nothing/', { ortUrl: '/ort/' })")
     assert name == "NetworkError"
     assert "404" in message
@@ -411,6 +414,7 @@ def test_what_is_wrong_is_named(
         "forward({ tokens: { data: [1, 2], shape: [2, 1] } })": "expected shape",
         "forward({ tokens: [1] }, { outputs: ['x'] })": "outputs",
         "generate('text').next()": "no tokenizer",
+        "forward({ tokens: [1] }, { state: {} })": "state",
         "generate([-1]).next()": "token ids",
     }
     for call, part in calls.items():

@@ -72,21 +72,25 @@ def test_a_browser_computes_what_python_computes(
         const pack = await open();
         const state = await pack.newState();
         const parts = [];
-        for (const inputs of [first, second])
-          parts.push(all(await pack.forward(inputs, { state })));
+        parts.push(all(await pack.forward(first, { state })));
+        const saved = await state.save();
+        parts.push(all(await pack.forward(second, { state })));
+        await state.restore(saved);
+        const again = all(await pack.forward(second, { state }));
         const pieces = [];
         if (pack.info.inputs[0].name === 'tokens' && 'logits' in parts[0])
           for (const options of [{}, { temperature: 0.8, seed: 7 }])
             for await (const piece of pack.generate(prompt, { maxNewTokens: 6, ...options }))
               pieces.push(piece);
         await pack.close();
-        return { parts, pieces };
+        return { parts, pieces, again };
         """,
         first=to_page(first),
         second=to_page(second),
         prompt=[3, 1, 2],
     )
     page.close()
+    assert found["again"] == found["parts"][1]
     with em.load(package) as model:
         state = model.new_state()
         for inputs, part in zip((first, second), found["parts"], strict=True):
@@ -98,6 +102,16 @@ def test_a_browser_computes_what_python_computes(
             ]
             assert [one["token"] for one in found["pieces"]] == [one.token for one in pieces]
             assert [one["text"] for one in found["pieces"]] == [one.text for one in pieces]
+            check_routes(model, found["pieces"][:6])
+
+
+def check_routes(model: em.Model, pieces: list[Any]) -> None:
+    """Each piece names the experts of the token that it follows."""
+    outputs = model.forward({"tokens": [3, 1, 2, *(one["token"] for one in pieces[:-1])]})
+    for position, piece in enumerate(pieces, start=2):
+        for route in piece["routes"]:
+            if (name := f"ids.{route['layer']}") in outputs:
+                assert route["experts"] == outputs[name][position].tolist()
 
 
 def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -36,10 +36,10 @@ def test_experts_on_webgpu(tmp_path: Path, serve: Callable[..., Server], browser
         """
         const found = {};
         for (const device of ['webgpu', 'wasm']) {
-          const pack = await open({ device, ramBudget: 60000 });
-          found[device] = all(await pack.forward({ tokens: [5, 9, 31, 2, 77] }));
+          const pack = await open({ device, ramBudget: 100000 });
+          found[device] = all(await pack.forward({ tokens: [5, 9, 31] }));
           found.tokens = [];
-          for await (const piece of pack.generate([3, 1, 2], { maxNewTokens: 4 }))
+          for await (const piece of pack.generate([3, 1, 2], { maxNewTokens: 2 }))
             found.tokens.push(piece.token);
           found[device].evictions = (await pack.stats()).evictions;
           await pack.close();
@@ -50,8 +50,8 @@ def test_experts_on_webgpu(tmp_path: Path, serve: Callable[..., Server], browser
     assert found["webgpu"].pop("evictions") > 0
     on_gpu, on_cpu = from_page(found["webgpu"]), found["wasm"]
     with em.load(package) as model:
-        expected = model.forward({"tokens": [5, 9, 31, 2, 77]})
-        tokens = [piece.token for piece in model.generate([3, 1, 2], max_new_tokens=4)]
+        expected = model.forward({"tokens": [5, 9, 31]})
+        tokens = [piece.token for piece in model.generate([3, 1, 2], max_new_tokens=2)]
     assert found["tokens"] == tokens
     for name, array in expected.items():
         if name.startswith("ids"):

@@ -3,7 +3,7 @@
 // Blobs are called by their sha256, so two packages that share a shard keep it once. The least
 // recently used ones go first; those of the open package that every token needs never go.
 
-import { InputError, StoreError } from "./errors.js";
+import { BudgetError, InputError, StoreError } from "./errors.js";
 import { CacheStore } from "./store-cache.js";
 import { OpfsStore } from "./store-opfs.js";
 
@@ -15,6 +15,8 @@ const STORES = { opfs: OpfsStore, cache: CacheStore };
 export async function openDisk(choice, budget, notify) {
   if (!["auto", "opfs", "cache", "none"].includes(choice))
     throw new InputError(`store: expected auto, opfs, cache or none, found '${choice}'`);
+  if (budget !== undefined && !(Number.isSafeInteger(budget) && budget >= 0))
+    throw new BudgetError(`diskBudget: expected bytes as a whole number, found ${budget}`);
   if (choice === "none") return new Disk(null, 0, notify);
   const reasons = [];
   for (const kind of choice === "auto" ? ["opfs", "cache"] : [choice]) {

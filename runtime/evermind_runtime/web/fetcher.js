@@ -28,8 +28,33 @@ export class Fetcher {
    */
   read({ file, offset = 0, bytes, whole = true }, { signal, cache, onBytes } = {}) {
     const url = new URL(file.split("/").map(encodeURIComponent).join("/"), this.#base);
+    return this.#retried(file, url, signal, onBytes, (count) =>
+      readOnce(url, { file, offset, bytes, whole }, { signal, cache, count }),
+    );
+  }
+
+  /** All of a small file whose length is not known, at most `most` bytes. */
+  readUnknown(file, most, { signal, cache } = {}) {
+    const url = new URL(file, this.#base);
+    return this.#retried(file, url, signal, undefined, async (count) => {
+      const response = await answered(url, file, { signal, cache });
+      const parts = [];
+      let length = 0;
+      for await (const chunk of chunks(response)) {
+        count(chunk.length);
+        parts.push(chunk);
+        length += chunk.length;
+        if (length > most)
+          throw new NetworkError(`${file}: longer than ${most} bytes`, { file, final: true });
+      }
+      return joined(parts, length);
+    });
+  }
+
+  /** What `attempt(count)` gives, tried a few times; `count` hears of every chunk. */
+  #retried(file, url, signal, onBytes, attempt) {
     return this.#gate.run(async () => {
-      for (let attempt = 1; ; attempt++) {
+      for (let tries = 1; ; tries++) {
         let received = 0;
         const count = (n) => {
           received += n;
@@ -38,34 +63,15 @@ export class Fetcher {
         };
         try {
           this.requests++;
-          return await readOnce(url, { file, offset, bytes, whole }, { signal, cache, count });
+          return await attempt(count);
         } catch (error) {
           onBytes?.(-received);
           if (isAbort(error) || signal?.aborted) throw signal?.reason ?? error;
-          if (attempt === ATTEMPTS || error.final) throw named(error, file, url);
-          await pause(BACKOFF_MS * 2 ** (attempt - 1), signal);
+          if (tries === ATTEMPTS || error.final) throw named(error, file, url);
+          await pause(BACKOFF_MS * 2 ** (tries - 1), signal);
         }
       }
     }, signal);
-  }
-
-  /** All of a small file whose length is not known, at most `most` bytes. */
-  async readUnknown(file, most, { signal, cache } = {}) {
-    const url = new URL(file, this.#base);
-    try {
-      const response = await answered(url, file, { signal, cache });
-      const parts = [];
-      let length = 0;
-      for await (const chunk of chunks(response)) {
-        parts.push(chunk);
-        length += chunk.length;
-        if (length > most) throw new NetworkError(`${file}: longer than ${most} bytes`, { file });
-      }
-      return joined(parts, length);
-    } catch (error) {
-      if (signal?.aborted) throw signal.reason;
-      throw named(error, file, url);
-    }
   }
 }
 

@@ -26,6 +26,8 @@ export class HeapFull extends Error {}
  */
 export async function startOnnxRuntime(url, device, threads) {
   if (!BUILDS[device]) throw new InputError(`device: expected wasm or webgpu, found '${device}'`);
+  if (!Number.isSafeInteger(threads) || threads < 1)
+    throw new InputError(`threads: expected 1 or more, found ${threads}`);
   if (device === "webgpu") await checkAdapter();
   if (threads > 1 && !globalThis.crossOriginIsolated)
     throw new DeviceError(`threads: ${threads} need a page that is cross-origin isolated`, {

@@ -1,6 +1,6 @@
 // State: what a sequence carries from call to call.
 
-import { concatenate, filled, fromBytes } from "./arrays.js";
+import { concatenate, filled, fromBytes, sizeOf } from "./arrays.js";
 import { InputError } from "./errors.js";
 
 /** The named arrays of one sequence; those that grow begin without rows. */
@@ -55,9 +55,12 @@ export class State {
     const next = new Map();
     for (const [name, spec] of this.#specs) {
       const array = arrays.get(name);
-      if (!array || array.dtype !== spec.dtype)
+      const like = this.#arrays.get(name);
+      if (array?.dtype !== spec.dtype || array.data?.constructor !== like.data.constructor)
         throw new InputError(`state: expected '${name}' of ${spec.dtype}`);
       checkShape(name, spec, array);
+      if (sizeOf(array.shape) !== array.data.length)
+        throw new InputError(`state '${name}': its data do not fill [${array.shape}]`);
       if (spec.grows && spec.limit !== null && array.shape[0] > spec.limit)
         throw new InputError(`state '${name}': expected at most ${spec.limit} rows`);
       const view = new Uint8Array(array.data.buffer, array.data.byteOffset, array.data.byteLength);
