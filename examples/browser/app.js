@@ -9,8 +9,10 @@ const RUNTIME = new URL("../evermind/index.js", import.meta.url).href;
 const ORT = new URL("../ort/", import.meta.url).href;
 
 const $ = (id) => document.getElementById(id);
+const hint = document.querySelector(".hint");
 let pack = null;
 let heatmap = null;
+let writes = false;
 let running = null;
 
 /** Keeps the page itself for when there is no network, where the browser lets it. */
@@ -33,10 +35,10 @@ async function installShell() {
 }
 
 async function open(address) {
+  running?.abort();
   await pack?.close();
   pack = null;
-  $("go").disabled = true;
-  $("failure").hidden = true;
+  clear();
   $("name").textContent = "Opening…";
   $("about").textContent = address;
   const { EvermindPack } = await import(RUNTIME);
@@ -59,7 +61,7 @@ async function open(address) {
   $("about").textContent =
     `${info.family} · ${words(info.parameters.total)} parameters, ${words(info.parameters.active)} ` +
     `at work per token · ${experts} experts in ${info.layers.length} layers`;
-  const writes = info.outputs.some(({ name }) => name === "logits") && info.inputs[0].name === "tokens";
+  writes = info.outputs.some(({ name }) => name === "logits") && info.inputs[0].name === "tokens";
   const takesText = writes && info.tokenizer !== null;
   $("prompt").disabled = !takesText;
   $("prompt").placeholder = takesText
@@ -67,11 +69,23 @@ async function open(address) {
     : writes
       ? "This package has no tokenizer: it starts from nothing."
       : "This package computes arrays, not text: it gets random ones.";
+  for (const label of document.querySelectorAll(".controls label")) label.hidden = !writes;
   $("go").textContent = writes ? "Generate" : "Run";
   $("go").disabled = false;
   showNetwork();
   await showFigures();
   remember(address);
+}
+
+/** Shows nothing of the package before. */
+function clear() {
+  $("go").disabled = true;
+  $("failure").hidden = true;
+  $("heatmap").replaceChildren();
+  $("output").replaceChildren(hint);
+  for (const id of ["speed", "used", "hits", "memory"]) $(id).textContent = "–";
+  for (const id of ["fetched", "kept"]) $(id).style.width = 0;
+  $("fetched-words").textContent = $("size-words").textContent = "";
 }
 
 async function generate() {
@@ -91,6 +105,7 @@ async function generate() {
       signal: running.signal,
     };
     for await (const { token, text, routes } of pack.generate(prompt || [], options)) {
+      if (!pack) return;
       const shown = pack.info.tokenizer === null ? `${token} ` : text;
       const follow = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
       if (shown) output.append(span("made", shown));
@@ -103,10 +118,12 @@ async function generate() {
       await new Promise(requestAnimationFrame);
     }
   } finally {
-    heatmap.now([]);
     running = null;
     $("go").textContent = "Generate";
-    await showFigures().catch(() => {});
+    if (pack) {
+      heatmap.now([]);
+      await showFigures();
+    }
   }
 }
 
@@ -125,8 +142,10 @@ async function runOnce() {
   const begun = performance.now();
   const outputs = await pack.forward(inputs);
   const lines = Object.entries(outputs).map(([name, { shape, data }]) => {
-    const some = Array.from(data.slice(0, 6), (one) => Number(one).toPrecision(4)).join("  ");
-    return `${name} [${shape.join(", ")}]\n  ${some} …\n\n`;
+    const some = Array.from(data.slice(0, 6), (one) =>
+      typeof one === "bigint" ? String(one) : one.toPrecision(4),
+    );
+    return `${name} [${shape.join(", ")}]\n  ${some.join("  ")} …\n\n`;
   });
   $("output").replaceChildren(...lines.map((line) => span("made", line)));
   $("speed").textContent = (rows / ((performance.now() - begun) / 1000)).toFixed(1);
@@ -158,7 +177,7 @@ function showNetwork() {
 }
 
 function showFailure(error) {
-  if (error.name === "AbortError") return;
+  if (error.name === "AbortError" || error.name === "ClosedError") return;
   $("failure").textContent = `${error.name}: ${error.message}`;
   $("failure").hidden = false;
   if (!pack) $("name").textContent = "No package";
@@ -190,7 +209,7 @@ $("picker").addEventListener("submit", (event) => {
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) return running.abort();
-  (pack.info.inputs[0].name === "tokens" ? generate() : runOnce()).catch(showFailure);
+  (writes ? generate() : runOnce()).catch(showFailure);
 });
 
 $("prompt").addEventListener("keydown", (event) => {

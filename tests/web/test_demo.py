@@ -106,6 +106,15 @@ def test_the_page_runs_packages_that_write_no_text(tmp_path: Path, chromium: Bro
         )
         until(page, "!document.getElementById('failure').hidden")
         assert "404" in page.run("return document.getElementById('failure').textContent")
+        assert page.run("return document.querySelectorAll('.cell, .made').length") == 0
+        page.run(
+            "document.getElementById('address').value = '/';"
+            "document.getElementById('picker').requestSubmit()"
+        )
+        until(page, READY)
+        page.run("document.getElementById('composer').requestSubmit()")
+        until(page, "document.querySelectorAll('.made').length > 1")
+        assert page.run("return document.getElementById('failure').hidden")
 
 
 def test_the_page_in_the_documentation(
