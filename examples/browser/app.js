@@ -221,7 +221,8 @@ $("prompt").addEventListener("keydown", (event) => {
 addEventListener("online", showNetwork);
 addEventListener("offline", showNetwork);
 
-const wanted = new URL(new URLSearchParams(location.search).get("package") ?? "/", location.href).href;
+const wanted = new URL(new URLSearchParams(location.search).get("package") ?? "/", location.href)
+  .href;
 $("address").value = wanted;
 await installShell().catch(() => {});
 showNetwork();

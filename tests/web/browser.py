@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import queue
@@ -11,9 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -121,7 +118,6 @@ class Browser:
         self._lock = threading.Lock()
         self._last = 0
         self._waiting: dict[int, queue.Queue[dict[str, Any]]] = {}
-        self.console: list[str] = []
         theirs, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         command = [executable, *_FLAGS, *self._flags, f"--user-data-dir={self._profile}"]
@@ -159,9 +155,6 @@ class Browser:
     def _hear(self, message: dict[str, Any]) -> None:
         if "id" in message:
             self._waiting.pop(message["id"]).put(message)
-        elif message["method"] == "Runtime.consoleAPICalled":
-            parts = [str(one.get("value", one)) for one in message["params"]["args"]]
-            self.console.append(" ".join(parts))
 
 
 class Page:
@@ -207,16 +200,5 @@ class Page:
             raise PageError(result["name"], result["message"])
         return result.get("value")
 
-    def screenshot(self, path: Path) -> None:
-        found = self.call("Page.captureScreenshot", {"format": "png"})
-        path.write_bytes(base64.b64decode(found["data"]))
-
     def close(self) -> None:
         self.browser.call("Target.closeTarget", {"targetId": self._target})
-
-
-@contextmanager
-def browser(*flags: str) -> Iterator[Browser]:
-    """A browser for the block's duration."""
-    with Browser(*flags) as one:
-        yield one

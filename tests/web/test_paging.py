@@ -16,7 +16,7 @@ from tests.network.server import Handler, Server
 from tests.packages import export, lm_source
 
 from .browser import Browser, Page, PageError
-from .site import run
+from .site import missing, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -168,6 +168,46 @@ def test_a_shard_damaged_on_disk_is_fetched_again(
     assert [one["file"] for one in found["corrupt"]] == [name]
     assert found["stats"]["corrupt"] == 1
     assert server.requests[f"package/{name}"] == 2
+
+
+def test_what_is_kept_outlives_the_browser(
+    package: Path, expected: list[int], serve: Callable[..., Server]
+) -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    server = serve(package)
+    code = GENERATE + "const pack = await open(); return tokens(pack);"
+    with Browser() as browser:
+        assert run(browser.page(server.url + "index.html"), code) == expected
+        server.forget()
+        browser.restart()
+        assert run(browser.page(server.url + "index.html"), code) == expected
+    assert shards(server) == []
+
+
+def test_browsers_without_stores(
+    package: Path, expected: list[int], serve: Callable[..., Server], visit: Callable[..., Page]
+) -> None:
+    """Without OPFS the other store serves, without both none; one that was named must be had."""
+    server = serve(package)
+    code = (
+        GENERATE
+        + """
+        const pack = await open();
+        const made = await tokens(pack);
+        const failed = events.filter((one) => one.status === 'store-failed').length;
+        const { store } = await pack.stats();
+        await pack.close();
+        return { made, failed, store, named: await open({ store: 'opfs' }).catch((e) => e.name) };
+    """
+    )
+    broken = "export class %s { static async open() { throw new Error('there is none'); } }"
+    server.behaviour.replaced["evermind/store-opfs.js"] = (broken % "OpfsStore").encode()
+    found = run(visit(server), code)
+    assert found == {"made": expected, "failed": 0, "store": "cache", "named": "StoreError"}
+    server.behaviour.replaced["evermind/store-cache.js"] = (broken % "CacheStore").encode()
+    found = run(visit(server), code)
+    assert found == {"made": expected, "failed": 1, "store": "none", "named": "StoreError"}
 
 
 def test_a_shard_damaged_on_the_wire(

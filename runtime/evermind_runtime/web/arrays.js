@@ -91,8 +91,11 @@ export function checkInputs(plan, given) {
   for (const [key, value] of Object.entries(given)) {
     const name = names.get(key);
     if (!name)
-      throw new InputError(`inputs: expected ${[...plan.inputs.keys()].join(", ")}, found '${key}'`);
-    if (arrays.has(name)) throw new InputError(`inputs: '${name}' is given twice, once as '${key}'`);
+      throw new InputError(
+        `inputs: expected ${[...plan.inputs.keys()].join(", ")}, found '${key}'`,
+      );
+    if (arrays.has(name))
+      throw new InputError(`inputs: '${name}' is given twice, once as '${key}'`);
     arrays.set(name, typed(name, plan.inputs.get(name), value));
   }
   const sizes = new Map();
@@ -128,7 +131,9 @@ function typed(name, spec, value) {
   const shape = bare ? [data.length] : value.shape;
   const whole = (dim) => Number.isSafeInteger(dim) && dim >= 0;
   if (!Array.isArray(shape) || !shape.every(whole) || sizeOf(shape) !== data.length)
-    throw new InputError(`input '${name}': ${data.length} numbers do not fill the shape [${shape}]`);
+    throw new InputError(
+      `input '${name}': ${data.length} numbers do not fill the shape [${shape}]`,
+    );
   if (data instanceof Type) return { dtype: spec.dtype, shape: [...shape], data };
   return { dtype: spec.dtype, shape: [...shape], data: converted(name, spec.dtype, Type, data) };
 }

@@ -12,7 +12,7 @@ export class Blobs {
   #notify;
   #shared = new Shared();
   #trusted = new Set();
-  /** Reads answered from disk, and bytes of them. */
+  /** How many reads were answered from disk, and how many found damage there. */
   diskReads = 0;
   corrupt = 0;
 

@@ -3,8 +3,7 @@
 import { ManifestError, UnsupportedError } from "./errors.js";
 
 // The pieces ByteLevel cuts text into, where a tokenizer.json gives no pattern of its own.
-const PIECES =
-  "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+const PIECES = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
 /** Text to ids and back; no special tokens are added around the text. */
 export class BpeCodec {
@@ -37,12 +36,17 @@ export class BpeCodec {
     need(plain.every((key) => !model[key]) && !model.byte_fallback, "BPE option");
     need(decoder?.type === "ByteLevel", "decoder");
     need(normalizer == null || normalizer.type === "NFC", "normalizer");
-    need((added ?? []).every((one) => !one.lstrip && !one.rstrip && !one.single_word), "added token");
+    need(
+      (added ?? []).every((one) => !one.lstrip && !one.rstrip && !one.single_word),
+      "added token",
+    );
     const pattern = splitPattern(raw.pre_tokenizer);
     need(pattern, "pre_tokenizer");
     try {
       // In JavaScript \s is not quite Unicode's white space.
-      const unicode = pattern.replaceAll("\\s", "\\p{White_Space}").replaceAll("\\S", "\\P{White_Space}");
+      const unicode = pattern
+        .replaceAll("\\s", "\\p{White_Space}")
+        .replaceAll("\\S", "\\P{White_Space}");
       this.#pattern = new RegExp(unicode, "gu");
     } catch {
       need(false, "pattern");
@@ -66,7 +70,9 @@ export class BpeCodec {
     const ids = [];
     for (const part of this.#splitAdded(text)) {
       if (this.#added.has(part)) ids.push(this.#added.get(part));
-      else for (const piece of pieces(this.#normalise(part), this.#pattern)) ids.push(...this.#merge(piece));
+      else
+        for (const piece of pieces(this.#normalise(part), this.#pattern))
+          ids.push(...this.#merge(piece));
     }
     return ids;
   }
@@ -100,7 +106,8 @@ export class BpeCodec {
       if (best === Infinity) break;
       const merged = [];
       for (let i = 0; i < parts.length; i++) {
-        const pair = i + 1 < parts.length && this.#ranks.get(`${parts[i]} ${parts[i + 1]}`) === best;
+        const pair =
+          i + 1 < parts.length && this.#ranks.get(`${parts[i]} ${parts[i + 1]}`) === best;
         merged.push(pair ? parts[i] + parts[++i] : parts[i]);
       }
       parts = merged;

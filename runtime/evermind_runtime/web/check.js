@@ -63,6 +63,7 @@ export function list(value, place, read, most = Infinity) {
 export function path(value, place) {
   text(value, place);
   const plain = value.split("/").every((part) => part && part !== "." && part !== "..");
-  if (!plain || /[\\:<>"|?*\u0000-\u001f\u007f]/.test(value)) refuse(place, "a relative path", value);
+  if (!plain || /[\\:<>"|?*\u0000-\u001f\u007f]/.test(value))
+    refuse(place, "a relative path", value);
   return value;
 }

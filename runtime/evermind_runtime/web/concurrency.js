@@ -24,7 +24,10 @@ export class Gate {
   async run(job, signal) {
     signal?.throwIfAborted();
     if (this.#free > 0) this.#free--;
-    else await abortable(new Promise((resolve) => this.#waiting.push(resolve)), signal, () => this.#leave());
+    else
+      await abortable(new Promise((resolve) => this.#waiting.push(resolve)), signal, () =>
+        this.#leave(),
+      );
     try {
       signal?.throwIfAborted();
       return await job();

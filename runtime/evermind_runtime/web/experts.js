@@ -57,7 +57,9 @@ function gather(x, { rows }) {
   const width = x.shape[1];
   if (rows.length === x.shape[0]) return x;
   const part = filled(x.dtype, [rows.length, width]);
-  rows.forEach((row, i) => part.data.set(x.data.subarray(row * width, (row + 1) * width), i * width));
+  rows.forEach((row, i) =>
+    part.data.set(x.data.subarray(row * width, (row + 1) * width), i * width),
+  );
   return part;
 }
 

@@ -44,7 +44,10 @@ async function* loop(model, prompt, limit, sampler, stops, state, signal) {
     await model.forward({ tokens: pending.slice(0, -1) }, { state, outputs: [], signal });
   let token = pending.at(-1);
   for (let made = 1; made <= limit; made++) {
-    const { values, routes } = await model.forward({ tokens: [token] }, { state, outputs: ["logits"], signal });
+    const { values, routes } = await model.forward(
+      { tokens: [token] },
+      { state, outputs: ["logits"], signal },
+    );
     const { data, shape } = values.get("logits");
     token = sampler.pick(data.subarray(data.length - shape.at(-1)));
     if (forget) state.restore(forget);

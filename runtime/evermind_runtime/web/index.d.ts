@@ -1,11 +1,6 @@
 /** Numbers of a plan's value; i64 is a BigInt64Array, bool an Uint8Array of 0 and 1. */
 export type Data =
-  | Float32Array
-  | Float64Array
-  | BigInt64Array
-  | Int32Array
-  | Uint8Array
-  | Uint16Array;
+  Float32Array | Float64Array | BigInt64Array | Int32Array | Uint8Array | Uint16Array;
 
 /** A named array that a package gives. */
 export interface NamedArray {
@@ -59,14 +54,7 @@ export interface OpenOptions {
  */
 export interface ProgressEvent {
   status:
-    | "initiate"
-    | "progress"
-    | "done"
-    | "cached"
-    | "corrupt"
-    | "evict"
-    | "store-failed"
-    | "ready";
+    "initiate" | "progress" | "done" | "cached" | "corrupt" | "evict" | "store-failed" | "ready";
   file?: string;
   layer?: number;
   expert?: number;

@@ -19,7 +19,9 @@ export class EvermindPack {
     this.#worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
     this.#worker.onmessage = ({ data }) => this.#hear(data);
     this.#worker.onerror = (event) =>
-      this.#end(new EvermindError(`the worker failed: ${event.message ?? "it could not be loaded"}`));
+      this.#end(
+        new EvermindError(`the worker failed: ${event.message ?? "it could not be loaded"}`),
+      );
   }
 
   /** Opens the package at `url`: its folder, or its manifest.json. */
@@ -31,7 +33,8 @@ export class EvermindPack {
     signal?.addEventListener("abort", abort, { once: true });
     try {
       const here = globalThis.document?.baseURI ?? location.href;
-      const ort = new URL(ortUrl ?? new URL("../onnxruntime-web/dist/", import.meta.url), here).href;
+      const ort = new URL(ortUrl ?? new URL("../onnxruntime-web/dist/", import.meta.url), here)
+        .href;
       pack.#info = await pack.#call("open", {
         options: {
           ...options,

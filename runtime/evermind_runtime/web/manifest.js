@@ -30,7 +30,9 @@ export function parseManifest(bytes) {
       `manifest.json: schema: expected '${SCHEMA}', found ${JSON.stringify(raw.schema)}`,
     );
   if (list(raw.requires ?? [], "requires", name).length)
-    throw new UnsupportedError(`manifest.json: requires: this runtime does not know ${raw.requires}`);
+    throw new UnsupportedError(
+      `manifest.json: requires: this runtime does not know ${raw.requires}`,
+    );
   const manifest = {
     name: name(raw.name, "name"),
     version: name(raw.version, "version"),
@@ -98,7 +100,9 @@ function readTensor(value, place, end) {
     bytes: integer(value.bytes, `${place}.bytes`),
   };
   if (sizeOf(tensor.shape) * itemBytes(tensor.dtype) !== tensor.bytes)
-    throw new ManifestError(`manifest.json: ${place}: its shape does not take ${tensor.bytes} bytes`);
+    throw new ManifestError(
+      `manifest.json: ${place}: its shape does not take ${tensor.bytes} bytes`,
+    );
   if (tensor.offset + tensor.bytes > end)
     throw new ManifestError(`manifest.json: ${place}: ends outside its shard of ${end} bytes`);
   return tensor;
@@ -147,7 +151,9 @@ function readShards(manifest, raw) {
   for (const { layer, experts } of manifest.layers.values())
     for (let expert = 0; expert < experts; expert++)
       if (!manifest.shards.has(expertKey(layer, expert)))
-        throw new ManifestError(`manifest.json: shards: layer ${layer} expert ${expert} is missing`);
+        throw new ManifestError(
+          `manifest.json: shards: layer ${layer} expert ${expert} is missing`,
+        );
 }
 
 function readShard(value, place) {

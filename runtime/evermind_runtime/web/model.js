@@ -70,7 +70,17 @@ export class Model {
     const codec = openCodec(manifest.tokenizer, files);
     // The resident file's bytes are inside the sessions now.
     if (manifest.resident) files.delete(manifest.resident);
-    const model = new Model({ engine, disk, fetcher, blobs, codec, source, always, device, threads });
+    const model = new Model({
+      engine,
+      disk,
+      fetcher,
+      blobs,
+      codec,
+      source,
+      always,
+      device,
+      threads,
+    });
     notify({ status: "ready" });
     return model;
   }
@@ -127,7 +137,8 @@ export class Model {
           `outputs: expected some of ${[...plan.outputs.keys()].join(", ")}, found '${name}'`,
         );
     const count = tokensIn(plan, inputs);
-    if (count === 0) return { values: new Map(wanted.map((name) => [name, none(plan, name)])), routes: [] };
+    if (count === 0)
+      return { values: new Map(wanted.map((name) => [name, none(plan, name)])), routes: [] };
     return this.#turn.run(async () => {
       const before = state.save();
       const parts = [];
@@ -217,7 +228,10 @@ export class Model {
       new Set(names.values()),
       signal,
     );
-    return { values: new Map([...names].map(([name, value]) => [name, values.get(value)])), routes };
+    return {
+      values: new Map([...names].map(([name, value]) => [name, values.get(value)])),
+      routes,
+    };
   }
 
   /** An expert that sees the whole sequence, and no state, gets it in one piece. */
@@ -225,7 +239,9 @@ export class Model {
     const { plan, layers } = this.manifest;
     const whole = plan.steps.some(
       (step) =>
-        step.kind === "experts" && !step.inputs.size && layers.get(step.layer).kind.scope !== "token",
+        step.kind === "experts" &&
+        !step.inputs.size &&
+        layers.get(step.layer).kind.scope !== "token",
     );
     return whole ? count : CHUNK;
   }
@@ -269,7 +285,9 @@ async function openTrunk(manifest, steps, files, sessions, signal) {
   for (const name of bound) {
     const spec = header.get(name);
     if (!spec || spec.dtype === "bf16")
-      throw new UnsupportedError(`${resident}: '${name}' is missing, or bf16, which cannot be bound`);
+      throw new UnsupportedError(
+        `${resident}: '${name}' is missing, or bf16, which cannot be bound`,
+      );
     const bytes = files.get(resident).slice(spec.begin, spec.end);
     weights.set(name, fromBytes(spec.dtype, spec.shape, bytes));
   }
@@ -308,9 +326,12 @@ function locate(address) {
 function checkDevice({ kinds }, device) {
   for (const [name, kind] of kinds)
     if (device !== "wasm" && !plainFloats(kind))
-      throw new UnsupportedError(`device: ${device} has no kernels for packed experts ('${name}')`, {
-        hint: "Use device: 'wasm', or export with --dtype f16.",
-      });
+      throw new UnsupportedError(
+        `device: ${device} has no kernels for packed experts ('${name}')`,
+        {
+          hint: "Use device: 'wasm', or export with --dtype f16.",
+        },
+      );
 }
 
 function defaultThreads() {
@@ -340,5 +361,8 @@ function join(plan, name, parts) {
 
 function none(plan, name) {
   const { dtype, shape } = plan.outputs.get(name);
-  return filled(dtype, shape.map((dim) => (typeof dim === "string" ? 0 : dim)));
+  return filled(
+    dtype,
+    shape.map((dim) => (typeof dim === "string" ? 0 : dim)),
+  );
 }

@@ -21,8 +21,7 @@ export function plainFloats(kind) {
 /** How ONNX Runtime holds an expert of `kind`: how far its graph is folded, in how many bytes. */
 export function held(kind) {
   // Packed numbers would unfold to many times their size: they stay packed.
-  if (!plainFloats(kind))
-    return { fold: "disabled", bytes: kind.bytes };
+  if (!plainFloats(kind)) return { fold: "disabled", bytes: kind.bytes };
   const bytes = kind.tensors.reduce(
     (sum, { dtype, shape }) => sum + sizeOf(shape) * Math.max(4, itemBytes(dtype)),
     0,

@@ -44,10 +44,12 @@ export function neededSteps(steps, wanted) {
 }
 
 async function runGraph({ graphs, weights }, step, board) {
-  const found = await graphs.get(step.graph).run([
-    ...[...step.inputs].map(([input, value]) => [input, board.get(value)]),
-    ...[...step.weights].map(([input, tensor]) => [input, weights.get(tensor)]),
-  ]);
+  const found = await graphs
+    .get(step.graph)
+    .run([
+      ...[...step.inputs].map(([input, value]) => [input, board.get(value)]),
+      ...[...step.weights].map(([input, tensor]) => [input, weights.get(tensor)]),
+    ]);
   return [...step.outputs].map(([output, value]) => [value, found.get(output)]);
 }
 

@@ -16,7 +16,10 @@ const DTYPES = {
 
 /** Map of tensor name to {dtype, shape, begin, end}; offsets count from the file's first byte. */
 export function readHeader(bytes, where) {
-  const length = bytes.length >= 8 ? Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true)) : -1;
+  const length =
+    bytes.length >= 8
+      ? Number(new DataView(bytes.buffer, bytes.byteOffset).getBigUint64(0, true))
+      : -1;
   if (length < 2 || 8 + length > bytes.length)
     throw new ManifestError(`${where}: not a safetensors file`);
   let raw;
@@ -30,7 +33,12 @@ export function readHeader(bytes, where) {
     if (name === "__metadata__") continue;
     object(spec, name);
     const shape = list(spec.shape, `${where}: ${name}`, (dim, place) => integer(dim, place), 16);
-    const offsets = list(spec.data_offsets, `${where}: ${name}`, (one, place) => integer(one, place), 2);
+    const offsets = list(
+      spec.data_offsets,
+      `${where}: ${name}`,
+      (one, place) => integer(one, place),
+      2,
+    );
     const [begin, end] = offsets.map((offset) => 8 + length + offset);
     if (!(spec.dtype in DTYPES) || !(begin <= end && end <= bytes.length))
       throw new ManifestError(`${where}: ${name}: unknown dtype, or outside the file`);

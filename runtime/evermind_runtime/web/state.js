@@ -13,7 +13,9 @@ export class State {
     for (const [name, spec] of this.#specs)
       this.#arrays.set(
         name,
-        spec.grows ? filled(spec.dtype, [0, ...spec.fixed]) : filled(spec.dtype, spec.fixed, spec.init),
+        spec.grows
+          ? filled(spec.dtype, [0, ...spec.fixed])
+          : filled(spec.dtype, spec.fixed, spec.init),
       );
   }
 

@@ -44,8 +44,7 @@ class ByteCodec {
   stream() {
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     return {
-      push: (token) =>
-        token < 256 ? decoder.decode(Uint8Array.of(token), { stream: true }) : "",
+      push: (token) => (token < 256 ? decoder.decode(Uint8Array.of(token), { stream: true }) : ""),
       finish: () => decoder.decode(),
     };
   }
