@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from evermind_manifests.errors import CheckpointError, MissingExtraError
 
 from .blueprint import FloatArray
 from .checkpoints.atome import read_atome
-from .families.tilelli.params import resolve_lm
+from .families.tilelli.params import NAME, resolve_lm
 
 # The largest file of any model worth packing: far above what these formats are used for.
 _MAX_BYTES = 1 << 32
@@ -31,8 +29,10 @@ def atome_source(
     rest = {key: value for key, value in raw.items() if key not in ("family", "module")}
     config = resolve_lm(rest)
     file = read_atome(path.read_bytes(), config, str(path))
-    # Levels of power-of-three are no trits: such a model runs in plain numbers.
-    used = {"quantize": False} if file.version == "ATOMEP3" else {"weights": "ternary"}
+    # The file tells what its weights are. Levels of power-of-three are no trits: such a model
+    # runs in plain numbers.
+    trits = file.version != "ATOMEP3"
+    used = {"quantize": trits, "weights": "ternary" if trits else "shadow"}
     return {**rest, "module": "lm", **used}, file.tensors()
 
 
@@ -48,7 +48,7 @@ def read_pickled(path: Path) -> tuple[dict[str, Any], dict[str, FloatArray]]:
         raise MissingExtraError("torch", "train", "Reading a .pt checkpoint") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # Damage shows as whatever PyTorch stumbles over.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint of tensors: {reason}") from error
     found = content if isinstance(content, dict) else {}
@@ -58,9 +58,18 @@ def read_pickled(path: Path) -> tuple[dict[str, Any], dict[str, FloatArray]]:
             f"{path}: expected a dictionary with `config` and `state_dict`, found "
             f"{', '.join(map(str, list(found)[:5])) or type(content).__name__}"
         )
+    raw = {"module": "lm", **{str(key): value for key, value in config.items()}}
+    family = raw.pop("family", NAME)
+    if family != NAME:
+        raise CheckpointError(f"{path}: config: family: expected {NAME!r}, found {family!r}")
     tensors: dict[str, FloatArray] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name}: expected a tensor of floats")
-        tensors[str(name)] = tensor.float().numpy().astype(np.float32, copy=False)
-    return {"module": "lm", **{str(key): value for key, value in config.items()}}, tensors
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(
+                f"{path}: {name}: expected a dense tensor with its values, "
+                f"found {tensor.layout} on {tensor.device.type!r}"
+            )
+        tensors[str(name)] = tensor.detach().float().numpy()
+    return raw, tensors

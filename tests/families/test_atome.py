@@ -137,7 +137,9 @@ def test_files_become_packages(version: str, tmp_path: Path) -> None:
     case = family_case(LM)
     path = tmp_path / f"tiny.{FILES[version]}"
     path.write_bytes(golden(version))
-    (tmp_path / "config.json").write_text(json.dumps(case.config))
+    # Whatever the configuration says of the weights, the file has the last word.
+    told = {"weights": "ternary"} if version == "ATOMEP3" else {"quantize": False}
+    (tmp_path / "config.json").write_text(json.dumps(case.config | told))
     source = read_source(path)
     assert source.name == "tiny"
     with em.load(package(path, tmp_path / "p")) as model:
@@ -154,9 +156,11 @@ def test_files_become_packages(version: str, tmp_path: Path) -> None:
 def test_a_pickled_checkpoint(tmp_path: Path) -> None:
     case = family_case(LM)
     state = {name: torch.from_numpy(array) for name, array in case.weights.items()}
+    state["embed.weight"] = torch.nn.Parameter(state["embed.weight"])
     config = {key: value for key, value in case.config.items() if key != "disable_pathways"}
+    config |= {"family": "tilelli", "n_pathways": 3}
     path = tmp_path / "tiny.pt"
-    torch.save({"config": {**config, "n_pathways": 3}, "state_dict": state, "step": 7}, path)
+    torch.save({"config": config, "state_dict": state, "step": 7}, path)
     with em.load(package(path, tmp_path / "p")) as model:
         logits = model.forward({"ids": case.inputs["ids"]})["logits"]
     case.close("logits", logits, case.outputs["logits"])
@@ -174,6 +178,9 @@ class _Evil:
         ({"model": {}}, "expected a dictionary with `config`"),
         ([1], "expected a dictionary"),
         ({"config": {}, "state_dict": {"embed.weight": 3}}, "expected a tensor of floats"),
+        ({"config": {}, "state_dict": {"w": torch.ones(2).to_sparse()}}, "found torch.sparse_coo"),
+        ({"config": {}, "state_dict": {"w": torch.ones(2, device="meta")}}, "on 'meta'"),
+        ({"config": {"family": "synapse"}, "state_dict": {}}, "family: expected 'tilelli'"),
         ({"config": {}, "state_dict": {}}, "does not match"),
     ],
 )
@@ -187,10 +194,17 @@ def test_other_pickles_are_refused(content: Any, message: str, tmp_path: Path) -
 
 def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    torch.save({"config": {}, "state_dict": {}}, path)
-    path.write_bytes(path.read_bytes()[:-40])
+    torch.save({"config": {"d_model": 8}, "state_dict": {"w": torch.ones(2)}}, path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-40])
     with pytest.raises(CheckpointError):
         read_source(path)
+    # Every byte of the pickle inverted in turn, and of the lengths around it.
+    end = data.index(b"PK\x03\x04", 4)
+    for at in range(len("PK__"), end, 3):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        with pytest.raises((CheckpointError, ConfigError)):
+            read_source(path)
 
 
 def test_what_is_known_of_the_trained_checkpoint() -> None:

@@ -154,6 +154,13 @@ def test_what_was_quantised_is_recovered(per_row: bool, weight: np.ndarray) -> N
     np.testing.assert_array_equal(again.values(), used.values())
 
 
+def test_recover_keeps_small_magnitudes() -> None:
+    weight = np.array([[1e-7, 0, -1e-7], [0, 0, 0]], np.float32)
+    found = ternary.recover(weight, "w", per_row=True)
+    np.testing.assert_array_equal(found.values(), weight)
+    np.testing.assert_array_equal(found.alpha, np.float32([1e-7, 1e-5]))
+
+
 def test_recover_refuses_weights_as_trained() -> None:
     with pytest.raises(CheckpointError, match="one magnitude"):
         ternary.recover(np.array([[0.5, 0.25]], np.float32), "w")

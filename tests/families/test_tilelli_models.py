@@ -174,7 +174,8 @@ def test_language_model_without_a_pathway() -> None:
     model = AtomeLmModel({**config, "disable_pathways": ["sparse"]})
     assert model.to_tensors()["blocks.0.router.proj.weight"].shape == (2, 8)
     assert "blocks.0.sparse.Wq.weight" in model.to_tensors()
-    with pytest.raises(ConfigError, match="disable_pathways"):
-        AtomeLmModel({**config, "disable_pathways": ["local", "state", "sparse"]})
-    with pytest.raises(ConfigError, match="disable_pathways"):
-        AtomeLmModel({**config, "disable_pathways": ["dense"]})
+    for wrong in (["local", "state", "sparse"], ["dense"], [""], "local"):
+        with pytest.raises(ConfigError, match="disable_pathways: expected some of local"):
+            AtomeLmModel({**config, "disable_pathways": wrong})
+    with pytest.raises(ConfigError, match="pathways: expected 3 or 5, found 4"):
+        AtomeLmModel({**config, "pathways": 4, "disable_pathways": ["sparse"]})

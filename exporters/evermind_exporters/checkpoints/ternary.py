@@ -80,8 +80,8 @@ def power_of_three(weight: FloatArray, *, per_row: bool = False) -> Quantised:
 def recover(weight: FloatArray, where: str, *, per_row: bool = False) -> Quantised:
     """Trits and alpha of a weight that is `alpha * trits` already.
 
-    Raises `CheckpointError` when a value is none of -alpha, 0 and alpha. A row of zeros has
-    the smallest alpha there is.
+    Raises `CheckpointError` when a value is none of -alpha, 0 and alpha. The alpha of a row of
+    zeros, which may be anything, is 1e-5.
     """
     rows = np.abs(weight).reshape(len(weight) if per_row else 1, -1)
     alpha = rows.max(axis=1)
@@ -91,7 +91,8 @@ def recover(weight: FloatArray, where: str, *, per_row: bool = False) -> Quantis
             "that were made ternary before",
             hint='For weights as they were trained, leave "weights" out of the configuration.',
         )
-    return Quantised(np.sign(weight).astype(np.int8), np.maximum(alpha, _SMALLEST_ALPHA))
+    alpha[alpha == 0] = _SMALLEST_ALPHA
+    return Quantised(np.sign(weight).astype(np.int8), alpha)
 
 
 def base3_bytes(count: int) -> int:

@@ -1,6 +1,6 @@
 """`tilelli`: ternary blocks of routed pathways, and the Atome byte language model.
 
-Source: specs/tilelli.md; what a package keeps of it stands in docs/families.md.
+Source: specs/tilelli.md; what a package keeps of it stands in docs/tilelli.md.
 """
 
 from __future__ import annotations

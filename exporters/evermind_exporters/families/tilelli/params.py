@@ -111,7 +111,7 @@ def resolve_block(raw: Config) -> dict[str, Any]:
         "kernel_size": fields.integer("kernel_size", 5),
         "wide_kernel_size": fields.integer("wide_kernel_size", 21),
         "top_k": fields.integer("top_k", 8),
-        "pathways": fields.integer("pathways", 5),
+        "pathways": _pathway_count(fields, 5),
         "n_banks": fields.integer("n_banks", 1),
         "dense_expand": fields.integer("dense_expand", 2),
         **_common(fields),
@@ -135,17 +135,15 @@ def resolve_lm(raw: Config) -> dict[str, Any]:
         "kernel_size": fields.integer("kernel_size", 5),
         "wide_kernel_size": fields.integer("wide_kernel_size", 21),
         "top_k": fields.integer("top_k", 4),
-        "pathways": fields.integer("pathways", 3),
+        "pathways": _pathway_count(fields, 3),
         "n_banks": fields.integer("n_banks", 1),
         "dense_expand": fields.integer("dense_expand", 2),
         **_common(fields),
     }
-    order = PATHWAYS.get(result["pathways"], ())
-    if not isinstance(disabled, list) or not set(map(str, disabled)) < {*order, ""}:
-        fields.refuse("disable_pathways", f"a list of some of {', '.join(order)}", disabled)
+    order = PATHWAYS[result["pathways"]]
+    if not isinstance(disabled, list) or not set(map(str, disabled)) < set(order):
+        fields.refuse("disable_pathways", f"some of {', '.join(order)}, not all", disabled)
     result["disable_pathways"] = [name for name in order if name in disabled]
-    if len(result["disable_pathways"]) == len(order):
-        fields.refuse("disable_pathways", "one pathway or more that is left", disabled)
     return _checked("lm", fields, result)
 
 
@@ -207,6 +205,13 @@ def _fields(module: str, raw: Config) -> ConfigFields:
     )
 
 
+def _pathway_count(fields: ConfigFields, default: int) -> int:
+    count = fields.integer("pathways", default)
+    if count not in PATHWAYS:
+        fields.refuse("pathways", "3 or 5", count)
+    return count
+
+
 def _common(fields: ConfigFields) -> dict[str, Any]:
     return {
         "top_k_routing": fields.integer("top_k_routing", 0, low=0),
@@ -222,8 +227,6 @@ def _common(fields: ConfigFields) -> dict[str, Any]:
 
 def _checked(module: str, fields: ConfigFields, result: dict[str, Any]) -> dict[str, Any]:
     fields.finish()
-    if result["pathways"] not in PATHWAYS:
-        fields.refuse("pathways", "3 or 5", result["pathways"])
     if result["weights"] == "ternary" and not result["quantize"]:
         fields.refuse("weights", "shadow, as quantize is false", "ternary")
     calls = result["skip_mode"] == "per_call" and result["skip_threshold"] > 0
@@ -232,7 +235,9 @@ def _checked(module: str, fields: ConfigFields, result: dict[str, Any]) -> dict[
             f"{NAME} {module} config: skip_mode: 'per_call' drops a pathway by its largest weight "
             "over the whole batch and all its tokens, so what a token gives would depend on the "
             "others in the call",
-            hint='Use "skip_mode": "per_token", or "skip_threshold": 0 to skip nothing.',
+            hint='Use "skip_mode": "per_token", or "skip_threshold": 0, which gives the '
+            "reference's numbers for calls in which it drops nothing. For those in which it does, "
+            "there is no package.",
         )
     units = result["pathways"] * result["n_banks"] * result.get("n_layers", 1)
     if 3 * units > _MAX_TENSORS:
