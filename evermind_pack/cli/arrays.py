@@ -87,14 +87,15 @@ def _target(path: Path) -> Path:
 def read_states(model: Model, path: Path | None, inputs: Arrays) -> State | list[State]:
     """The state to start from: one, or one per row where the inputs have a batch axis.
 
-    A stored state of a batch has the same leading axis on each of its arrays.
+    A stored state of a batch has the same leading axis on each of its arrays. What the file
+    leaves out starts fresh.
     """
     batch = _batch(model, inputs)
     states = [model.new_state() for _ in range(1 if batch is None else batch)]
     if path is not None:
         arrays = read_arrays(path)
         if batch is None:
-            states[0].restore(arrays)
+            restore_state(states[0], arrays)
         else:
             for name, array in arrays.items():
                 if array.ndim == 0 or len(array) != batch:
@@ -102,8 +103,13 @@ def read_states(model: Model, path: Path | None, inputs: Arrays) -> State | list
                         f"{path}: {name}: expected a batch axis of {batch}, found {array.shape}"
                     )
             for row, state in enumerate(states):
-                state.restore({name: array[row] for name, array in arrays.items()})
+                restore_state(state, {name: array[row] for name, array in arrays.items()})
     return states[0] if batch is None else states
+
+
+def restore_state(state: State, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Take over stored arrays; what is not among them stays as it is. Raises `InputError`."""
+    state.restore({**state.save(), **arrays})
 
 
 def write_states(path: Path, states: State | Sequence[State]) -> None:

@@ -15,7 +15,14 @@ from evermind_manifests.errors import InputError
 from evermind_runtime import Model, PagingWarning, load
 from evermind_runtime.choose_plan import PLAN_NAMES
 
-from .arrays import check_targets, read_arrays, read_states, write_arrays, write_states
+from .arrays import (
+    check_targets,
+    read_arrays,
+    read_states,
+    restore_state,
+    write_arrays,
+    write_states,
+)
 from .introspection import draw_heatmap, print_introspection, write_prometheus
 from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table, remark
@@ -125,7 +132,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("prefill", "decode"),
         help="all tokens at once, or one by one (default: prefill)",
     )
-    raw.add_argument("--state-in", metavar="NPZ", type=Path, help="state to start from")
+    raw.add_argument(
+        "--state-in",
+        metavar="NPZ",
+        type=Path,
+        help="state to start from; an array that is not in it starts fresh",
+    )
     raw.add_argument("--state-out", metavar="NPZ", type=Path, help="where to write the state after")
 
 
@@ -211,7 +223,7 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
     prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
     state = model.new_state()
     if args.state_in:
-        state.restore(read_arrays(args.state_in))
+        restore_state(state, read_arrays(args.state_in))
     stream = not args.json
     tokens: list[int] = []
     pieces: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -44,10 +45,13 @@ class ConfigFields:
     ) -> float:
         """A finite number from `low` to `high`."""
         value = self._take(key, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        found = math.nan
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an integer may be beyond every float
+                found = float(value)
+        if not math.isfinite(found) or not low <= found <= high:
             self.refuse(key, f"a number from {low:g} to {high:g}", value)
-        return float(value)
+        return found
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false."""

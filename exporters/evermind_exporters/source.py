@@ -189,6 +189,8 @@ def _read_state_dict(weights: Path, folder: Path) -> ModelSource:
     family = _family(raw.pop("family", None), tensors.shapes(), weights, where)
     tensors.rename(family.canonical_name)
     vocabulary = raw.pop("vocabulary", None)
+    if vocabulary not in (None, "bytes"):
+        raise CheckpointError(f"{where}: vocabulary: expected 'bytes', found {vocabulary!r}")
     config = family.resolve(raw, tensors.shapes())
     tensors.check(family.shapes(config), CONFIG_NAME)
     tokenizer: bytes | Literal["bytes"] | None = family.tokenizer(config)
@@ -210,7 +212,7 @@ def _family(name: Any, found: Mapping[str, Shape], weights: Path, where: Path) -
     """The family config.json names, or the one whose tensors these are."""
     expected = f"{where}: family: expected one of {', '.join(sorted(FAMILIES))}, found"
     if name is not None:
-        if name not in FAMILIES:
+        if not isinstance(name, str) or name not in FAMILIES:
             raise CheckpointError(f"{expected} {name!r}")
         return FAMILIES[name]
     told = [family for family in FAMILIES.values() if family.recognises(found)]

@@ -20,7 +20,7 @@ from evermind_pack.cli import main
 from tests.golden_families import family_case
 from tests.packages import export
 
-from .synapse import forget_window, is_window, lockstep, package, write_source
+from .synapse import forget_window, lockstep, package, write_source
 
 MODULES = ("expert", "pool", "mamba", "thalamus", "xlstm", "fast_weights", "model")
 PROGRAMS = ("prefill", "decode")
@@ -226,12 +226,44 @@ def test_the_command_line_takes_and_gives_the_golden_names(tmp_path: Path) -> No
         case.check(dict(found))
     with np.load(state) as saved:
         carried = dict(saved)
-    case.check({"ssm_state": carried["ssm_state"]})
-    carried |= {name: array * 0 for name, array in carried.items() if is_window(name)}
-    np.savez(state, **carried)
+    # The published module carries this alone: its window starts from nothing at every call.
+    published = {"ssm_state": carried["ssm_state"]}
+    case.check(published)
+    np.savez(state, **published)
     assert main([*run, "--inputs", second, "--state-in", state]) == 0
     with np.load(out) as found:
         case.check({f"{name}_next": array for name, array in found.items()})
+
+
+@pytest.mark.parametrize("steps", PROGRAMS)
+def test_a_call_without_tokens_gives_the_state_as_it_is(steps: Any) -> None:
+    case = family_case("synapse_xlstm")
+    x = case.inputs["x"][0]
+    with em.load(package("xlstm")) as model:
+        state = model.new_state()
+        model.forward({"x": x}, state=state)
+        held = state.save()
+        found = model.forward({"x": x[:0]}, state=state, steps=steps)
+    assert found.pop("y").shape == (0, x.shape[1])
+    assert found.keys() == held.keys()
+    for name, array in found.items():
+        assert array.any()
+        np.testing.assert_array_equal(array, held[name])
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"family": ["synapse"]}, CheckpointError, r"family: expected one of .*\['synapse'\]"),
+        ({"decay": 10**400}, ConfigError, "decay: expected a number"),
+        ({"vocabulary": [1]}, CheckpointError, r"vocabulary: expected 'bytes', found \[1\]"),
+    ],
+)
+def test_a_configuration_of_the_wrong_types(
+    tmp_path: Path, config: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        read_source(write_source(family_case("synapse_fast_weights"), tmp_path, **config))
 
 
 def test_a_module_is_told_by_its_tensors_or_the_error_says_what_was_found(tmp_path: Path) -> None:

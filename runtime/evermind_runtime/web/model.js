@@ -138,7 +138,7 @@ export class Model {
         );
     const count = tokensIn(plan, inputs);
     if (count === 0)
-      return { values: new Map(wanted.map((name) => [name, none(plan, name)])), routes: [] };
+      return { values: new Map(wanted.map((name) => [name, untouched(plan, name, state)])), routes: [] };
     return this.#turn.run(async () => {
       const before = state.save();
       const parts = [];
@@ -359,8 +359,11 @@ function join(plan, name, parts) {
   return axis < 0 ? arrays.at(-1) : concatenate(arrays, axis);
 }
 
-function none(plan, name) {
-  const { dtype, shape } = plan.outputs.get(name);
+/** An output of a call without tokens: of fixed shape in the state, it is what it still is. */
+function untouched(plan, name, state) {
+  const { dtype, shape, value } = plan.outputs.get(name);
+  const spec = plan.state.get(value ?? name);
+  if (spec && !spec.grows) return state.current.get(value ?? name);
   return filled(
     dtype,
     shape.map((dim) => (typeof dim === "string" ? 0 : dim)),
