@@ -20,7 +20,17 @@ ORDER = list(LAYERS)
 FOREIGN = {
     "evermind_manifests": {"msgspec", "msgpack", "numpy"},
     "evermind_runtime": {"msgspec", "numpy", "obstore", "onnxruntime", "tokenizers", "urllib3"},
-    "evermind_exporters": {"ml_dtypes", "msgspec", "numpy", "onnx", "safetensors", "torch"},
+    "evermind_exporters": {
+        "ml_dtypes",
+        "msgspec",
+        "numpy",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "safetensors",
+        "torch",
+        "transformers",
+    },
     "evermind_pack": {
         "matplotlib",
         "msgspec",

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from keyword import iskeyword
 from typing import Protocol, cast
 
 from evermind_manifests.errors import EvermindPackError
@@ -20,6 +21,7 @@ COMMANDS = {
     "demo": "train, export, validate and run a small language model, start to end",
     "train": "train a model and write a run folder",
     "export": "write a trained model or a peer's checkpoint as a package",
+    "import": "write a Hugging Face checkpoint with experts as a package",
     "inspect": "show what a package holds and which budgets make sense",
     "validate": "check a package: structure, files, digests, graphs, results",
     "plan": "forecast whether and how fast a model runs here, before any weight is read",
@@ -91,7 +93,9 @@ def _drop_output() -> None:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    command = cast(Command, importlib.import_module(f"{__name__}.{name}"))
+    # `import_`: a module cannot be called like a keyword.
+    module = f"{name}_" if iskeyword(name) else name
+    command = cast(Command, importlib.import_module(f"{__name__}.{module}"))
     parser = argparse.ArgumentParser(
         prog=f"evermind-pack {name}",
         description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",

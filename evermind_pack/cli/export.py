@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         raise MissingExtraError(error.name or "onnx", "export", "Exporting") from error
 
     source = read_source(args.source, seed=args.seed)
-    _check_text(args, source.name)
+    check_text(args, source.name)
     if args.tokenizer:
         source = with_peer_tokenizer(source, args.tokenizer)
     options = ExportOptions(
@@ -121,11 +121,12 @@ def run(args: argparse.Namespace) -> int:
         reference = parity_reference(source.family)
     with progress("writing experts", quiet=args.quiet or args.json) as advance:
         digest = export_package(source, args.output, options, reference=reference, progress=advance)
-    _print_result(args, digest)
+    print_result(args, digest)
     return 0
 
 
-def _print_result(args: argparse.Namespace, digest: str) -> None:
+def print_result(args: argparse.Namespace, digest: str) -> None:
+    """Show the package at `args.output`."""
     from evermind_manifests.package import open_package
 
     with open_package(args.output) as package:
@@ -155,11 +156,11 @@ def _print_result(args: argparse.Namespace, digest: str) -> None:
     )
 
 
-def _check_text(args: argparse.Namespace, source_name: str) -> None:
+def check_text(args: argparse.Namespace, source_name: str) -> None:
     """Refuse bytes that are no UTF-8: they cannot be written to a manifest."""
     texts = {
         "--name": args.name or source_name,
-        "--package-version": args.package_version or "",
+        "--package-version": getattr(args, "package_version", None) or "",
         "--license": args.license or "",
         "--author": args.author or "",
         "--description": args.description,

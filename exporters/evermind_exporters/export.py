@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -21,6 +21,7 @@ from evermind_manifests.manifest import (
     DType,
     Generation,
     Kind,
+    Layer,
     Manifest,
     Parameters,
     Tokenizer,
@@ -29,7 +30,7 @@ from evermind_manifests.shard import Buffer, ShardLayout, encode_shard, shard_pa
 from evermind_manifests.writer import PackageWriter
 
 from .ahead import one_ahead
-from .blueprint import Blueprint, FloatArray
+from .blueprint import Blueprint, FloatArray, KindBlueprint
 from .families import FAMILIES
 from .family import Arrays, ModelFamily
 from .parity import PARITY_NAME, Reference, parity_file
@@ -41,6 +42,8 @@ from .source import ModelSource
 _WHOLE_SHARD_BYTES = 16 * 1024 * 1024
 
 Progress: TypeAlias = Callable[[int, int], None]
+#: A shard's (layer, expert), and all of its bytes or the next of them.
+ShardPart: TypeAlias = tuple[tuple[int, int], Buffer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,9 @@ def export_package(
         source = replace(source, config=draft.manifest.config)
         for path, data in draft.files.items():
             writer.add_file(path, data)
-        _add_shards(writer, draft.blueprint, source, options, progress)
+        blueprint = draft.blueprint
+        parts = _shard_parts(blueprint, source, options)
+        write_shards(writer, parts, blueprint.layers, blueprint.kinds, progress)
         return writer.finish(draft.manifest)
 
 
@@ -108,7 +113,7 @@ def draft_package(
     resident, index = pack_resident(_resident(source, family, options))
     blueprint = family.build(config, index, dtype)
     files = {**source.attachments, **blueprint.graphs, RESIDENT_NAME: resident}
-    kinds = _kinds(blueprint, files)
+    kinds = add_kinds(blueprint.kinds, files)
     tokenizer = None
     if source.tokenizer == "bytes":
         tokenizer = Tokenizer(kind="bytes")
@@ -256,10 +261,10 @@ def _stored(
         ) from error
 
 
-def _kinds(blueprint: Blueprint, files: dict[str, bytes]) -> dict[str, Kind]:
+def add_kinds(blueprints: Mapping[str, KindBlueprint], files: dict[str, bytes]) -> dict[str, Kind]:
     """The manifest's kinds; their graphs are added to `files`."""
     kinds = {}
-    for name, kind in blueprint.kinds.items():
+    for name, kind in blueprints.items():
         graph, external = f"graphs/expert_{name}.onnx", f"graphs/expert_{name}_external.onnx"
         files[graph] = kind.graph
         files[external] = kind.graph_external
@@ -278,20 +283,20 @@ def _kinds(blueprint: Blueprint, files: dict[str, bytes]) -> dict[str, Kind]:
     return kinds
 
 
-def _add_shards(
+def write_shards(
     writer: PackageWriter,
-    blueprint: Blueprint,
-    source: ModelSource,
-    options: ExportOptions,
+    parts: Iterator[ShardPart],
+    layers: Sequence[Layer],
+    kinds: Mapping[str, KindBlueprint],
     progress: Progress | None,
 ) -> None:
-    """Round weights on a second thread while those before them are hashed and written."""
-    parts = one_ahead(_shard_parts(blueprint, source, options))
-    total = sum(layer.experts for layer in blueprint.layers)
-    sizes = {layer.layer: blueprint.kinds[layer.kind].layout.bytes for layer in blueprint.layers}
+    """Make `parts` on a second thread while those before them are hashed and written."""
+    ahead = one_ahead(parts)
+    total = sum(layer.experts for layer in layers)
+    sizes = {layer.layer: kinds[layer.kind].layout.bytes for layer in layers}
     # Closed at once, also when the disk is full: the thread must not outlive the export.
-    with closing(parts):
-        shards = groupby(parts, key=itemgetter(0))
+    with closing(ahead):
+        shards = groupby(ahead, key=itemgetter(0))
         for done, ((layer, expert), group) in enumerate(shards, 1):
             writer.stream_shard(layer, expert, (part for _, part in group), sizes[layer])
             if progress:
@@ -300,7 +305,7 @@ def _add_shards(
 
 def _shard_parts(
     blueprint: Blueprint, source: ModelSource, options: ExportOptions
-) -> Iterator[tuple[tuple[int, int], Buffer]]:
+) -> Iterator[ShardPart]:
     """Every shard's bytes in order, each part under its (layer, expert).
 
     A part is a whole shard, or one tensor where a shard is large.

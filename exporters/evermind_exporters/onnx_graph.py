@@ -48,6 +48,19 @@ class ExternalTensor:
     bytes: int
 
 
+def external_tensor(name: str, spec: ExternalTensor) -> onnx.TensorProto:
+    """An initializer whose data lies where `spec` says."""
+    import onnx
+
+    tensor = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[spec.dtype])
+    tensor.dims.extend(spec.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    fields = {"location": spec.location, "offset": spec.offset, "length": spec.bytes}
+    for key, value in fields.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
 class GraphBuilder:
     """Collects nodes, then `build` gives the serialized model.
 
@@ -82,18 +95,10 @@ class GraphBuilder:
 
     def weight(self, name: str) -> str:
         """Use the external tensor `name`; returns its name."""
-        import onnx
-
         if self._outer:
             return self._outer.weight(name)
         if name not in self._initializers:
-            spec = self._external[name]
-            tensor = onnx.TensorProto(name=name, data_type=ONNX_DTYPES[spec.dtype])
-            tensor.dims.extend(spec.shape)
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            fields = {"location": spec.location, "offset": spec.offset, "length": spec.bytes}
-            for key, value in fields.items():
-                tensor.external_data.add(key=key, value=str(value))
+            tensor = external_tensor(name, self._external[name])
             self._initializers[name] = tensor
         return name
 

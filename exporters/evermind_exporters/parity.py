@@ -39,10 +39,15 @@ def parity_file(
             break
     assert best is not None
     _, inputs, outputs = best
+    return encode_case(inputs, outputs, family.parity_tolerance)
+
+
+def encode_case(inputs: Arrays, outputs: Arrays, tolerance: float) -> bytes:
+    """The bytes of a file with one case; `tolerance` is relative to an output's magnitude."""
     case = {
         "inputs": {name: _encode(array) for name, array in inputs.items()},
         "outputs": {name: _encode(array) for name, array in outputs.items()},
-        "tolerance": family.parity_tolerance,
+        "tolerance": tolerance,
     }
     return json.dumps({"cases": [case]}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 

@@ -8,7 +8,7 @@ error, Ctrl-C or a forgotten `finish` leaves nothing behind.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -114,11 +114,13 @@ class PackageWriter:
             sha256=digest.hexdigest(),
         )
 
-    def finish(self, manifest: Manifest) -> str:
+    def finish(self, manifest: Manifest, check: Callable[[Path], None] | None = None) -> str:
         """Write the model card and the manifest, publish the package, and give its digest.
 
         `files` and `shards` of `manifest` are replaced by what was written. A README.md
-        that was added is kept. Raises `ManifestError` naming what contradicts itself.
+        that was added is kept. `check` gets the finished folder before it takes the
+        destination's place, which it does not if `check` raises. Raises `ManifestError`
+        naming what contradicts itself.
         """
         if self._pool is not None:
             self._close(self._pool)
@@ -133,6 +135,8 @@ class PackageWriter:
         where = f"{self._staging.destination}: {MANIFEST_NAME}"
         raise_errors(check_structure(parsed), where, ManifestError)
         self._write(MANIFEST_NAME, data)
+        if check is not None:
+            check(self._staging.folder)
         self._publish()
         return package_digest(data)
 

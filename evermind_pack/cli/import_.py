@@ -1,0 +1,95 @@
+"""`evermind-pack import`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from evermind_manifests.errors import LocationError, MissingExtraError
+from evermind_manifests.manifest import Card
+
+from .export import check_text, print_result
+from .terminal import progress, remark
+
+EXAMPLES = """\
+  evermind-pack import ./OLMoE-1B-7B -o olmoe/
+  evermind-pack import ./Mixtral-8x7B -o mixtral.zip --dtype f16
+  evermind-pack run olmoe/ --prompt "The capital of France" --budget 2GiB"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Source, destination and how expert weights are stored."""
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="a checkpoint folder on this machine: config.json, safetensors files, and "
+        "tokenizer.json where there is one",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PKG",
+        type=Path,
+        required=True,
+        help="the package to write: a folder, or one file if it ends in .zip",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "f16", "bf16", "f32"),
+        default="keep",
+        help="what expert weights are stored as; keep: bit by bit what the checkpoint has "
+        "(default: keep)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("files", "pool"),
+        default="files",
+        help="one file per expert, or pools of many (default: files)",
+    )
+    parser.add_argument("--name", help="the package's name (default: the folder's)")
+    parser.add_argument("--license", help="an SPDX identifier for the model card")
+    parser.add_argument("--author", help="who made the model, for the model card")
+    parser.add_argument("--description", default="", help="what the model is, for the card")
+    parser.add_argument("--tag", action="append", default=[], help="a tag for the card; repeatable")
+    parser.add_argument("--force", action="store_true", help="replace an existing package")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import, then say what was written."""
+    if not args.source.is_dir():
+        raise LocationError(
+            f"{args.source}: expected a checkpoint folder",
+            hint="Download the model first; nothing is fetched from the network.",
+        )
+    check_text(args, args.source.resolve().name)
+    try:
+        from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
+    except ImportError as error:
+        raise MissingExtraError(
+            error.name or "onnx", "hf", "Importing Hugging Face checkpoints"
+        ) from error
+
+    options = ImportOptions(
+        dtype=args.dtype,
+        layout=args.layout,
+        name=args.name,
+        card=Card(
+            description=args.description,
+            license=args.license,
+            author=args.author,
+            tags=tuple(args.tag),
+        ),
+        overwrite=args.force,
+    )
+    silent = args.quiet or args.json
+    with progress("writing experts", quiet=silent) as advance:
+        digest = import_checkpoint(
+            args.source,
+            args.output,
+            options,
+            progress=advance,
+            stage=lambda text: remark(text, quiet=silent),
+        )
+    print_result(args, digest)
+    return 0

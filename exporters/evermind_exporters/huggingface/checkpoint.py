@@ -1,0 +1,157 @@
+"""A Hugging Face checkpoint folder: `config.json` and safetensors files, read tensor by tensor.
+
+Layout: one `model.safetensors`, or files listed in `model.safetensors.index.json`
+(`{"weight_map": {tensor: file}}`), as `save_pretrained` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.dtypes import ITEMSIZE, STORAGE
+from evermind_manifests.errors import CheckpointError, IntegrityError
+from evermind_manifests.location import read_head
+from evermind_manifests.manifest import DType
+from evermind_manifests.safetensors_header import (
+    PREFIX_BYTES,
+    TensorRange,
+    header_bytes,
+    read_header,
+)
+from evermind_manifests.unique_keys import unique_keys
+
+from ..checkpoints.disk_file import DiskFile
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_JSON_BYTES = 256 * 1024 * 1024
+
+
+class Rows(NamedTuple):
+    """Rows `begin` to `end` of a tensor, or, with `expert`, of the matrix it holds there."""
+
+    name: str
+    expert: int | None
+    begin: int
+    end: int
+
+
+class Checkpoint:
+    """The tensors of a folder. Nothing is held in memory but their places."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `CheckpointError` for a folder that is none, or is damaged."""
+        self.folder = folder
+        if not (folder / CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"{folder}: expected a checkpoint folder with a {CONFIG_NAME}, found none",
+                hint="Give a folder as `save_pretrained` writes it, or a model is downloaded to.",
+            )
+        self._files: dict[str, DiskFile] = {}
+        self._tensors: dict[str, tuple[str, TensorRange]] = {}
+        listed = self._index()
+        for file in sorted(set(listed.values())) if listed is not None else [WEIGHTS_NAME]:
+            self._open(file)
+        if listed is not None:
+            self._check_index(listed)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor."""
+        return list(self._tensors)
+
+    def dtype(self, name: str) -> DType:
+        """What a tensor is stored as."""
+        return self._tensors[name][1].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._tensors[name][1].shape
+
+    def read(self, rows: Rows) -> npt.NDArray[Any]:
+        """The rows `(end - begin, width)` as they are stored (bfloat16 as its 16-bit pattern)."""
+        file, spec = self._tensors[rows.name]
+        width = spec.shape[-1]
+        first = rows.begin + (0 if rows.expert is None else rows.expert * spec.shape[-2])
+        row_bytes = width * ITEMSIZE[spec.dtype]
+        data = self._files[file].read(
+            spec.begin + first * row_bytes, (rows.end - rows.begin) * row_bytes
+        )
+        return np.frombuffer(data, STORAGE[spec.dtype]).reshape(rows.end - rows.begin, width)
+
+    def parameters(self) -> int:
+        """Scalars in all tensors together."""
+        return sum(math.prod(spec.shape) for _, spec in self._tensors.values())
+
+    def _index(self) -> dict[str, str] | None:
+        """Tensor → file, or None where the folder has one file."""
+        path = self.folder / INDEX_NAME
+        if not path.is_file():
+            if not (self.folder / WEIGHTS_NAME).is_file():
+                raise CheckpointError(
+                    f"{self.folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found neither",
+                    hint="Only safetensors weights are read: pickled .bin files may run code.",
+                )
+            return None
+        listed = read_json(path).get("weight_map")
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or not all(isinstance(file, str) and _is_plain(file) for file in listed.values())
+        ):
+            raise CheckpointError(
+                f"{path}: weight_map: expected tensors with the .safetensors files beside it"
+            )
+        return listed
+
+    def _open(self, file: str) -> None:
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: missing, though {INDEX_NAME} names it", hint="Fetch the file again."
+            )
+        disk = DiskFile(path)
+        try:
+            length = header_bytes(disk.read(0, min(disk.size, PREFIX_BYTES)), disk.size, str(path))
+            header = read_header(disk.read(0, length), str(path), size=disk.size)
+        except IntegrityError as error:
+            raise CheckpointError(f"{path}: not a safetensors file: {error.message}") from error
+        self._files[file] = disk
+        for name, spec in header.items():
+            if name in self._tensors:
+                raise CheckpointError(f"{path}: {name}: stands in {self._tensors[name][0]} too")
+            self._tensors[name] = file, spec
+
+    def _check_index(self, listed: dict[str, str]) -> None:
+        for name, file in listed.items():
+            found = self._tensors.get(name, (None,))[0]
+            if found != file:
+                raise CheckpointError(
+                    f"{self.folder / INDEX_NAME}: {name}: expected in {file}, found "
+                    f"{f'in {found}' if found else 'nowhere'}",
+                    hint="Fetch the checkpoint again.",
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `CheckpointError` for what is none, or over 256 MiB."""
+    data = read_head(path, _MAX_JSON_BYTES + 1)
+    if data is None or len(data) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: expected a file of at most {_MAX_JSON_BYTES:,} bytes")
+    try:
+        value = json.loads(data, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _is_plain(file: str) -> bool:
+    return file == Path(file).name and file.endswith(".safetensors") and not file.startswith(".")

@@ -1,0 +1,382 @@
+"""Cut transformers' exported graph at its experts: one segment before, between and after them.
+
+A segment takes what earlier ones computed from named values of the plan. What depends on
+positions and lengths alone (masks, rotations) is computed in every segment that needs it, since
+its shape may vary with the state's length, which a value between two steps may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.manifest import StateSpec
+
+from ..onnx_graph import ExternalTensor, external_tensor
+from .trace import DOMAIN, OPERATOR
+
+if TYPE_CHECKING:
+    import onnx
+
+TOKENS, LOGITS = "tokens", "logits"
+# From here on a constant is a weight: it lies in the resident file, not in the graph.
+_WEIGHT_BYTES = 1024
+_ORT_TYPES = {
+    "tensor(float)": 1,
+    "tensor(int32)": 6,
+    "tensor(int64)": 7,
+    "tensor(bool)": 9,
+    "tensor(double)": 11,
+}
+
+
+class ExpertsNode(NamedTuple):
+    """Where a layer's experts stand: the names of what they take and give."""
+
+    x: str
+    ids: str
+    gates: str
+    y: str
+
+
+class Value(NamedTuple):
+    """A graph input's or output's type: TensorProto.DataType and dimensions."""
+
+    dtype: int
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One graph: its nodes, and the names of what it takes, gives and is weighed with."""
+
+    nodes: list[onnx.NodeProto]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Cut:
+    """The segments, the experts between them, the types of values and the constants."""
+
+    segments: list[Segment]
+    experts: list[ExpertsNode]
+    values: dict[str, Value]
+    states: dict[str, StateSpec]
+    constants: dict[str, npt.NDArray[Any]]
+    opsets: dict[str, int]
+    ir_version: int
+
+    @property
+    def weights(self) -> dict[str, npt.NDArray[Any]]:
+        """The constants that are stored outside of the graphs."""
+        return {
+            name: array
+            for name, array in self.constants.items()
+            if array.ndim and array.nbytes >= _WEIGHT_BYTES
+        }
+
+    def graph(self, number: int, resident: Mapping[str, ExternalTensor]) -> bytes:
+        """One segment's model, its weights in the resident file."""
+        return _serialize(self, self.segments[number], resident)
+
+
+def state_out(name: str) -> str:
+    """The graph output that has a state's new rows."""
+    return f"{name}.new"
+
+
+def cut_graph(program: Any, limit: int | None) -> Cut:
+    """Cut `program` (an `onnx_ir.Model` as `trace` gives it); `limit` is the longest context.
+
+    Raises `UnsupportedError` for a graph of another form than the plan can hold.
+    """
+    import onnx_ir
+
+    graph = program.graph
+    if len(program.functions):
+        raise UnsupportedError("the exported graph has functions of its own")
+    constants = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
+    inputs = {one.name: tuple(one.shape) for one in graph.inputs}
+    outputs = [one.name for one in graph.outputs]
+    nodes = [onnx_ir.to_proto(node) for node in graph]
+    for node in nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    pairs, states = _states(inputs, outputs, limit)
+    shaped = _with_plan_values(nodes, pairs, constants, states)
+    opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
+    opsets.pop(DOMAIN, None)
+    segments, experts = _split(shaped, [LOGITS, *map(state_out, states)], set(constants))
+    cut = Cut(segments, experts, {}, states, constants, opsets, int(program.ir_version))
+    cut.values[TOKENS] = Value(7, ("T",))
+    for name, spec in states.items():
+        cut.values[name] = Value(1, ("C", *spec.fixed))
+    for number, segment in enumerate(segments):
+        cut.values |= _output_types(cut, segment)
+        if number < len(experts):
+            _check_experts(cut, experts[number])
+    return cut
+
+
+def _states(
+    inputs: Mapping[str, tuple[Any, ...]], outputs: Sequence[str], limit: int | None
+) -> tuple[dict[str, tuple[str, str]], dict[str, StateSpec]]:
+    """State → (graph input, graph output), and what the plan says of each.
+
+    A cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`.
+    """
+    import msgspec
+
+    known = {"input_ids", "position_ids"}
+    past = [name for name in inputs if name not in known]
+    present = [name for name in outputs if name != LOGITS]
+    if not known <= inputs.keys() or LOGITS not in outputs or len(past) != len(present):
+        raise UnsupportedError(
+            f"the exported graph: expected token ids, positions and a cache to logits, found "
+            f"{', '.join(inputs)} to {', '.join(outputs)}"
+        )
+    if not past:
+        raise UnsupportedError("the exported graph has no cache")
+    pairs, states = {}, {}
+    for number, (before, after) in enumerate(zip(past, present, strict=True)):
+        shape = inputs[before]
+        fits = len(shape) == 4 and [isinstance(dim, int) for dim in shape] == [
+            True,
+            True,
+            False,
+            True,
+        ]
+        if before.replace("input.", "", 1) != after.replace("output.", "", 1) or not fits:
+            raise UnsupportedError(
+                f"state {before}: expected a cache that grows along its third dimension, found "
+                f"{[str(dim) for dim in shape]} and {after}"
+            )
+        name = f"cache.{number}"
+        pairs[name] = before, after
+        states[name] = StateSpec(
+            dtype="f32",
+            shape=("C", int(shape[1]), int(shape[3])),
+            limit=limit if limit else msgspec.UNSET,
+        )
+    return pairs, states
+
+
+def _with_plan_values(
+    nodes: list[onnx.NodeProto],
+    pairs: Mapping[str, tuple[str, str]],
+    constants: dict[str, npt.NDArray[Any]],
+    states: Mapping[str, StateSpec],
+) -> list[onnx.NodeProto]:
+    """The nodes between the plan's values (tokens, states, logits) instead of transformers'."""
+    from onnx import helper
+
+    def ints(*values: int) -> str:
+        name = f"plan_ints_{'_'.join(map(str, values))}"
+        constants[name] = np.array(values, dtype=np.int64)
+        return name
+
+    for value, name in ((0, "plan_zero"), (1, "plan_one")):
+        constants[name] = np.array(value, dtype=np.int64)
+    first = next(iter(states))
+    before = [
+        helper.make_node("Unsqueeze", [TOKENS, ints(0)], ["input_ids"]),
+        helper.make_node("Shape", [TOKENS], ["plan_count"], start=0, end=1),
+        helper.make_node("Shape", [first], ["plan_length"], start=0, end=1),
+        helper.make_node("Squeeze", ["plan_count"], ["plan_tokens"]),
+        helper.make_node("Squeeze", ["plan_length"], ["plan_past"]),
+        helper.make_node("Add", ["plan_tokens", "plan_past"], ["plan_end"]),
+        helper.make_node("Range", ["plan_past", "plan_end", "plan_one"], ["plan_positions"]),
+        helper.make_node("Unsqueeze", ["plan_positions", ints(0)], ["position_ids"]),
+    ]
+    after = [helper.make_node("Squeeze", ["plan_logits", ints(0)], [LOGITS])]
+    renamed = {LOGITS: "plan_logits"}
+    # All states are equally long: no segment needs another's to know how long.
+    lengths = {("input_ids", 1): "plan_count"}
+    for name, (past, present) in pairs.items():
+        before += [
+            helper.make_node("Transpose", [name], [f"{name}.heads"], perm=[1, 0, 2]),
+            helper.make_node("Unsqueeze", [f"{name}.heads", ints(0)], [past]),
+        ]
+        after += [
+            helper.make_node(
+                "Slice", [present, "plan_length", ints(2**62), ints(2)], [f"{name}.rows"]
+            ),
+            helper.make_node("Squeeze", [f"{name}.rows", ints(0)], [f"{name}.squeezed"]),
+            helper.make_node("Transpose", [f"{name}.squeezed"], [state_out(name)], perm=[1, 0, 2]),
+        ]
+        lengths[past, 2] = "plan_length"
+    middle = []
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        if node.op_type == "Shape":
+            ends = {one.name: one.i for one in node.attribute}
+            begin = ends.get("start", 0)
+            length = lengths.get((node.input[0], begin))
+            if length and ends.get("end") == begin + 1:
+                node = helper.make_node("Identity", [length], node.output)
+        middle.append(node)
+    return before + middle + after
+
+
+def _split(
+    nodes: list[onnx.NodeProto], wanted: Sequence[str], constants: set[str]
+) -> tuple[list[Segment], list[ExpertsNode]]:
+    """Segments and the experts between them, in order."""
+    stages, experts = _stages(nodes)
+    producer = {name: node for node in nodes for name in node.output if name}
+    count = len(experts) + 1
+    demanded: list[dict[str, None]] = [{} for _ in range(count)]
+
+    def demand(name: str) -> None:
+        # What is the same for all tokens' content is computed where it is asked for, at the end.
+        stage = stages[name]
+        demanded[count - 1 if stage is None else stage][name] = None
+
+    for name in wanted:
+        demand(name)
+    for number, node in enumerate(experts):
+        for name in (node.x, node.ids, node.gates):
+            if stages[name] != number:
+                raise UnsupportedError(f"experts {number}: {name!r} is not of the layer before")
+            demand(name)
+    given = {node.y for node in experts}
+    segments: list[Segment | None] = [None] * count
+    for stage in reversed(range(count)):
+        kept: set[int] = set()
+        inputs: dict[str, None] = {}
+        used: dict[str, None] = {}
+        pending = list(demanded[stage])
+        while pending:
+            name = pending.pop()
+            if name in constants:
+                used[name] = None
+            elif name in given or name not in producer:
+                inputs[name] = None
+            elif stages[name] not in (None, stage):
+                inputs[name] = None
+                demand(name)
+            elif id(producer[name]) not in kept:
+                kept.add(id(producer[name]))
+                pending += [one for one in producer[name].input if one]
+        segments[stage] = Segment(
+            nodes=[node for node in nodes if id(node) in kept],
+            inputs=tuple(sorted(inputs)),
+            outputs=tuple(demanded[stage]),
+            constants=tuple(sorted(used)),
+        )
+    return [one for one in segments if one is not None], experts
+
+
+def _stages(
+    nodes: Sequence[onnx.NodeProto],
+) -> tuple[dict[str, int | None], list[ExpertsNode]]:
+    """Value → the segment that computes it; None for what no token's content changes.
+
+    That is what depends on lengths, positions and the state alone.
+    """
+    stages: dict[str, int | None] = {TOKENS: 0}
+    experts: list[ExpertsNode] = []
+    for node in nodes:
+        if any(one.HasField("g") or one.graphs for one in node.attribute):
+            raise UnsupportedError(f"the exported graph has a subgraph ({node.op_type})")
+        counts = node.op_type == "Shape" and node.input[0] == TOKENS
+        late = [] if counts else [stages.get(name) for name in node.input]
+        stage = max((one for one in late if one is not None), default=None)
+        if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
+            x, ids, gates = node.input
+            if stage != len(experts):
+                raise UnsupportedError("the exported graph does not run experts one by one")
+            experts.append(ExpertsNode(x, ids, gates, node.output[0]))
+            stage += 1
+        for name in node.output:
+            stages[name] = stage
+    return stages, experts
+
+
+def _output_types(cut: Cut, segment: Segment) -> dict[str, Value]:
+    """The segment's outputs as ONNX Runtime, which knows its own operators, infers them."""
+    import onnxruntime as ort
+
+    data = _serialize(cut, segment, None)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"ONNX Runtime refuses the exported graph: {first}") from error
+    found = {}
+    for one in session.get_outputs():
+        if one.type not in _ORT_TYPES or one.shape is None:
+            raise UnsupportedError(f"{one.name}: a value of type {one.type} between segments")
+        dims = tuple(dim if isinstance(dim, int) else "T" for dim in one.shape)
+        found[one.name] = Value(_ORT_TYPES[one.type], dims)
+    for name, spec in cut.states.items():
+        if state_out(name) in found:
+            found[state_out(name)] = Value(1, ("T", *spec.fixed))
+    return found
+
+
+def _check_experts(cut: Cut, node: ExpertsNode) -> None:
+    x, ids, gates = (cut.values[name] for name in (node.x, node.ids, node.gates))
+    fits = (
+        x.dtype == gates.dtype == 1
+        and ids.dtype == 7
+        and len(x.dims) == len(ids.dims) == 2
+        and isinstance(x.dims[1], int)
+        and isinstance(ids.dims[1], int)
+        and ids.dims == gates.dims
+    )
+    if not fits:
+        raise UnsupportedError(
+            f"experts: expected rows, their experts and gates, found {x}, {ids} and {gates}"
+        )
+    cut.values[node.y] = Value(1, ("T", x.dims[1]))
+
+
+def _serialize(cut: Cut, segment: Segment, resident: Mapping[str, ExternalTensor] | None) -> bytes:
+    """A segment's model; without `resident` its weights are inputs and outputs have no type."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    weights = cut.weights
+    inputs = [_info(name, cut.values[name]) for name in segment.inputs]
+    initializers = []
+    for name in segment.constants:
+        array = cut.constants[name]
+        if name not in weights:
+            initializers.append(numpy_helper.from_array(array, name))
+        elif resident is not None:
+            initializers.append(external_tensor(name, resident[name]))
+        else:
+            dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+            inputs.append(_info(name, Value(dtype, array.shape)))
+    outputs = [
+        _info(name, cut.values[name]) if resident is not None else onnx.ValueInfoProto(name=name)
+        for name in segment.outputs
+    ]
+    graph = helper.make_graph(segment.nodes, "segment", inputs, outputs, initializers)
+    used = {node.domain for node in segment.nodes}
+    opsets = [
+        helper.make_opsetid(domain, version)
+        for domain, version in sorted(cut.opsets.items())
+        if domain in used or not domain
+    ]
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=cut.ir_version, producer_name="evermind-pack"
+    )
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _info(name: str, value: Value) -> onnx.ValueInfoProto:
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, value.dtype, list(value.dims))

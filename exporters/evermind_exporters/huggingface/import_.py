@@ -1,0 +1,292 @@
+"""Import a Hugging Face checkpoint: transformers' own graph, cut at its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from evermind_manifests.errors import ConfigError, ExportError
+from evermind_manifests.manifest import (
+    RESIDENT_NAME,
+    SCHEMA,
+    Card,
+    DType,
+    ExpertsStep,
+    FusedExperts,
+    GraphStep,
+    Layer,
+    Manifest,
+    Parameters,
+    Plan,
+    Step,
+    Tokenizer,
+    ValueSpec,
+)
+from evermind_manifests.package import open_package
+from evermind_manifests.shard import ShardLayout, plan_shard, shard_parts
+from evermind_manifests.writer import PackageWriter
+
+from ..export import Progress, ShardPart, add_kinds, write_shards
+from ..families.kind import expert_kind, fused_experts
+from ..families.synapse.experts import KIND, swiglu
+from ..families.synapse.params import EXPERT_TENSORS
+from ..onnx_graph import GraphBuilder
+from ..parity import PARITY_NAME, encode_case
+from ..resident import pack_resident
+from .checkpoint import CONFIG_NAME, Checkpoint, read_json
+from .cut import LOGITS, TOKENS, Cut, cut_graph
+from .experts import ExpertRows, ExpertsModule, find_experts, map_experts, stored_dtype
+from .quiet import quiet
+from .text import TOKENIZER_NAME, read_generation, read_tokenizer
+from .trace import Reference, empty_model, load_trunk, require_transformers, stored, trace
+
+ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
+
+# Relative to the logits' largest magnitude, both sides in float32.
+TOLERANCE = 5e-5
+_PARITY_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """How to write the package.
+
+    `dtype` "keep" copies expert weights bit by bit; the others round them. Resident weights
+    are float32, to which f16 and bf16 widen without loss.
+    """
+
+    dtype: ImportDType = "keep"
+    layout: Literal["files", "pool"] = "files"
+    name: str | None = None
+    card: Card = field(default_factory=Card)
+    overwrite: bool = False
+
+
+def import_checkpoint(
+    folder: Path,
+    destination: Path,
+    options: ImportOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
+) -> str:
+    """Write the checkpoint in `folder` as a package; returns its digest.
+
+    The package is compared with transformers' eager float32 run of the weights as stored, in
+    both programs, before it takes its place. `progress(done, total)` counts shards, `stage`
+    hears what is being done. Raises `UnsupportedError` for a model that cannot be carried,
+    `CheckpointError` for a damaged checkpoint, `ExportError` where the package computes
+    something else than transformers or cannot be written; then nothing is left behind.
+    """
+    options = options or ImportOptions()
+    if options.dtype not in get_args(ImportDType):
+        raise ConfigError(
+            f"dtype: expected one of {', '.join(get_args(ImportDType))}, found {options.dtype!r}"
+        )
+    tell = stage or (lambda _: None)
+    require_transformers()
+    checkpoint = Checkpoint(folder)
+    with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
+        tell("reading the checkpoint")
+        with quiet():
+            empty = empty_model(folder)
+            modules = find_experts(empty)
+            layers = map_experts(empty, modules, checkpoint)
+            found = stored_dtype(layers, checkpoint)
+            dtype: DType = found if options.dtype == "keep" else options.dtype
+            model = load_trunk(folder, empty)
+        tell("tracing the model")
+        with quiet():
+            program = trace(model, modules)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        cut = cut_graph(program, limit)
+        del program
+        package = _Draft(checkpoint, options, modules, dtype, cut, _trunk_size(model))
+        tell("computing what transformers gives")
+        reference = Reference(model, modules, layers, checkpoint, dtype)
+        tokens = np.random.default_rng(1).integers(0, package.vocabulary, _PARITY_TOKENS)
+        expected = reference.logits(tokens)
+        case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
+        for path, data in {**package.files, PARITY_NAME: case}.items():
+            writer.add_file(path, data)
+        tell("writing experts")
+        parts = _shard_parts(package.layout, layers, checkpoint, dtype)
+        write_shards(writer, parts, package.layers, package.kinds, progress)
+        tell("comparing the package with transformers")
+        return writer.finish(package.manifest(), _check)
+
+
+def _check(folder: Path) -> None:
+    from evermind_runtime.parity import parity_failures
+
+    with open_package(folder) as package:
+        failures = parity_failures(package)
+    if failures:
+        raise ExportError(
+            "the package does not compute what transformers does, so this model cannot be "
+            f"imported: {failures[0]}"
+        )
+
+
+def _trunk_size(model: Any) -> int:
+    return sum(one.numel() for one in model.parameters())
+
+
+class _Draft:
+    """A package without its shards: its files and its manifest."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: ImportOptions,
+        modules: list[ExpertsModule],
+        dtype: DType,
+        cut: Cut,
+        trunk: int,
+    ) -> None:
+        if len(cut.experts) != len(modules):
+            raise ExportError(
+                f"the exported graph: expected {len(modules)} layers with experts, found "
+                f"{len(cut.experts)}"
+            )
+        self._checkpoint = checkpoint
+        self._options = options
+        self._modules = modules
+        self._cut = cut
+        self._trunk = trunk
+        width, hidden = modules[0].width, modules[0].hidden
+        shapes = dict(
+            zip(EXPERT_TENSORS, ((hidden, width), (hidden, width), (width, hidden)), strict=True)
+        )
+        self.layout = plan_shard(
+            KIND, "silu", [(name, dtype, shape) for name, shape in shapes.items()]
+        )
+        self.kinds = {KIND: expert_kind(self.layout, (width, width), swiglu)}
+        self._top_k = [int(cut.values[node.ids].dims[1]) for node in cut.experts]
+        self.layers = tuple(
+            Layer(layer=number, kind=KIND, experts=one.experts, top_k=top_k)
+            for number, (one, top_k) in enumerate(zip(modules, self._top_k, strict=True))
+        )
+        self.vocabulary = int(cut.values[LOGITS].dims[1])
+        resident, index = pack_resident(cut.weights)
+        self._tokenizer = read_tokenizer(checkpoint.folder)
+        #: Every file but shards, parity and manifest, by path.
+        self.files: dict[str, bytes] = {
+            _segment_graph(number): cut.graph(number, index) for number in range(len(cut.segments))
+        }
+        self._kinds = add_kinds(self.kinds, self.files)
+        for top_k in set(self._top_k):
+            self.files[_fused_graph(top_k)] = _fused(top_k, width, self.layout)
+        self.files[RESIDENT_NAME] = resident
+        if self._tokenizer is not None:
+            self.files[TOKENIZER_NAME] = self._tokenizer
+
+    def manifest(self) -> Manifest:
+        """The manifest without `files` and `shards`."""
+        folder = self._checkpoint.folder
+        config = read_json(folder / CONFIG_NAME)
+        modules = self._modules
+        scalars = 3 * modules[0].width * modules[0].hidden
+        return Manifest(
+            schema=SCHEMA,
+            name=self._options.name or folder.resolve().name,
+            version="1",
+            family=f"huggingface/{config.get('model_type', 'unknown')}",
+            config=config,
+            parameters=Parameters(
+                total=self._trunk + scalars * sum(one.experts for one in modules),
+                active=self._trunk + scalars * sum(self._top_k),
+            ),
+            files={},
+            kinds=self._kinds,
+            layers=self.layers,
+            shards=(),
+            plan=self._plan(),
+            resident=RESIDENT_NAME,
+            tokenizer=None
+            if self._tokenizer is None
+            else Tokenizer(kind="tokenizers", file=TOKENIZER_NAME),
+            generation=read_generation(folder, self.vocabulary),
+            parity=PARITY_NAME,
+            card=self._options.card if self._options.card != Card() else None,
+        )
+
+    def _plan(self) -> Plan:
+        cut = self._cut
+        prefill: list[Step] = []
+        decode: list[Step] = []
+        for number, segment in enumerate(cut.segments):
+            step = GraphStep(
+                graph=_segment_graph(number),
+                inputs={name: name for name in segment.inputs},
+                outputs={name: name.removesuffix(".new") for name in segment.outputs},
+            )
+            prefill.append(step)
+            decode.append(step)
+            if number == len(cut.experts):
+                continue
+            node = cut.experts[number]
+            prefill.append(
+                ExpertsStep(layer=number, x=node.x, ids=node.ids, gates=node.gates, y=node.y)
+            )
+            decode.append(
+                GraphStep(
+                    graph=_fused_graph(self._top_k[number]),
+                    inputs={"x": node.x, "gates": node.gates},
+                    outputs={"y": node.y},
+                    experts=FusedExperts(layer=number, ids=node.ids, gates=node.gates),
+                )
+            )
+        return Plan(
+            inputs={TOKENS: ValueSpec(dtype="i64", shape=("T",), limit=self.vocabulary)},
+            outputs={LOGITS: ValueSpec(dtype="f32", shape=("T", self.vocabulary))},
+            state=cut.states,
+            prefill=tuple(prefill),
+            decode=tuple(decode),
+        )
+
+
+def _segment_graph(number: int) -> str:
+    return f"graphs/segment_{number:02d}.onnx"
+
+
+def _fused_graph(top_k: int) -> str:
+    return f"graphs/fused_{KIND}_{top_k}.onnx"
+
+
+def _fused(top_k: int, width: int, layout: ShardLayout) -> bytes:
+    b = GraphBuilder("fused")
+    x, gates = b.input("x", "f32", [1, width]), b.input("gates", "f32", [1, top_k])
+    b.output(fused_experts(b, x, gates, top_k, layout, swiglu), "y", "f32", [1, width])
+    return b.build()
+
+
+def _shard_parts(
+    layout: ShardLayout, layers: list[list[ExpertRows]], checkpoint: Checkpoint, dtype: DType
+) -> Iterator[ShardPart]:
+    for layer, experts in enumerate(layers):
+        for expert, rows in enumerate(experts):
+            arrays = _ExpertArrays(rows, checkpoint, dtype)
+            place = layer, expert
+            yield from ((place, part) for part in shard_parts(layout, *place, arrays))
+
+
+class _ExpertArrays(Mapping[str, np.ndarray[Any, Any]]):
+    """One expert's matrices as they are stored, each read when it is asked for."""
+
+    def __init__(self, rows: ExpertRows, checkpoint: Checkpoint, dtype: DType) -> None:
+        self._rows = dict(zip(EXPERT_TENSORS, (rows.gate, rows.up, rows.down), strict=True))
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+
+    def __getitem__(self, tensor: str) -> np.ndarray[Any, Any]:
+        return stored(self._checkpoint, self._rows[tensor], self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
