@@ -26,7 +26,6 @@ FOREIGN = {
         "numpy",
         "onnx",
         "onnx_ir",
-        "onnxruntime",
         "safetensors",
         "torch",
         "transformers",

@@ -35,6 +35,82 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+_DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_SHARED = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "head_dim": 8,
+}
+_MIXTRAL = ARCHITECTURES["mixtral"]
+#: As above; these take minutes together and are not part of an ordinary run.
+MORE: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+    },
+    "flex_olmo": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
+    "deepseek_v3": _DEEPSEEK,
+    "glm4_moe": _SHARED,
+    "dots1": _SHARED,
+    "granitemoe": _MIXTRAL,
+    "granitemoeshared": {**_MIXTRAL, "shared_intermediate_size": 40},
+    "phimoe": _MIXTRAL,
+    "minimax_m2": {**_MIXTRAL, "head_dim": 8, "rotary_dim": 8},
+    "ernie4_5_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+    },
+    "hunyuan_v1_moe": {
+        "intermediate_size": 24,
+        "num_experts": 8,
+        "moe_topk": 2,
+        "head_dim": 8,
+    },
+    "gpt_oss": {**_MIXTRAL, "head_dim": 8},
+    "qwen3_next": {**ARCHITECTURES["qwen3_moe"], "num_hidden_layers": 4},
+    "lfm2_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 0,
+    },
+    "jamba": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
+}
+
 
 def make(
     folder: Path,
@@ -49,7 +125,7 @@ def make(
 
     torch.manual_seed(3)
     config = AutoConfig.for_model(
-        model_type, **{**COMMON, **ARCHITECTURES.get(model_type, {}), **more}
+        model_type, **{**COMMON, **(ARCHITECTURES | MORE)[model_type], **more}
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -302,10 +302,12 @@ def _stages(
 
 def _output_types(cut: Cut, segment: Segment) -> dict[str, Value]:
     """The segment's outputs as ONNX Runtime, which knows its own operators, infers them."""
-    import onnxruntime as ort
+    from evermind_runtime import onnx_runtime
 
+    ort = onnx_runtime.require()
+    onnx_runtime.start(None)
     data = _serialize(cut, segment, None)
-    options = ort.SessionOptions()
+    options = onnx_runtime.session_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
