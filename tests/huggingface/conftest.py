@@ -10,10 +10,32 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Between them: one file and many, per-expert and fused experts, float32 and bfloat16.
+FORMS: dict[str, dict[str, Any]] = {
+    "olmoe": {},
+    "mixtral": {"dtype": "bfloat16", "max_shard_size": "20KB"},
+    "qwen3_moe": {"fused": True},
+}
+
+
 class Imported(NamedTuple):
     model: Any
     checkpoint: Path
     package: Path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-architecture", action="store_true", help="import all that is carried (minutes)"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model_type" in metafunc.fixturenames:
+        from .tiny import ARCHITECTURES, CARRIED
+
+        every = metafunc.config.getoption("--every-architecture", default=False)
+        metafunc.parametrize("model_type", [*ARCHITECTURES, *(CARRIED if every else ())])
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +51,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Import
     def get(model_type: str) -> Imported:
         if model_type not in made:
             folder = tmp_path_factory.mktemp(model_type)
-            model = make(folder / "checkpoint", model_type)
+            model = make(folder / "checkpoint", model_type, **FORMS.get(model_type, {}))
             import_checkpoint(folder / "checkpoint", folder / "package")
             made[model_type] = Imported(model, folder / "checkpoint", folder / "package")
         return made[model_type]

@@ -66,7 +66,7 @@ _SHARED = {
 }
 _MIXTRAL = ARCHITECTURES["mixtral"]
 #: As above; these take minutes together and are not part of an ordinary run.
-MORE: dict[str, dict[str, Any]] = {
+CARRIED: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         "intermediate_size": 48,
         "moe_intermediate_size": 24,
@@ -98,17 +98,27 @@ MORE: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "head_dim": 8,
     },
-    "gpt_oss": {**_MIXTRAL, "head_dim": 8},
-    "qwen3_next": {**ARCHITECTURES["qwen3_moe"], "num_hidden_layers": 4},
-    "lfm2_moe": {
-        "intermediate_size": 48,
-        "moe_intermediate_size": 24,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "layer_types": ["conv", "full_attention"],
-        "num_dense_layers": 0,
-    },
-    "jamba": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
+}
+#: What is refused, and what the reason says.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": ("has_bias", {**_MIXTRAL, "head_dim": 8}),
+    "qwen3_next": (
+        "caches that grow",
+        {**ARCHITECTURES["qwen3_moe"], "num_hidden_layers": 4},
+    ),
+    "lfm2_moe": (
+        "caches that grow",
+        {
+            "intermediate_size": 48,
+            "moe_intermediate_size": 24,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "layer_types": ["conv", "full_attention"],
+            "num_dense_layers": 0,
+        },
+    ),
+    # A window: what is older leaves the cache, which a state cannot do yet.
+    "mixtral": ("caches that grow", {**_MIXTRAL, "sliding_window": 8}),
 }
 
 
@@ -117,15 +127,19 @@ def make(
     model_type: str,
     dtype: str = "float32",
     max_shard_size: str = "10GB",
-    **more: Any,
+    fused: bool = False,
+    form: dict[str, Any] | None = None,
 ) -> Any:
-    """Save a checkpoint of random weights; gives the model, in float32, as saved."""
+    """Save a checkpoint of random weights; gives it as transformers loads it, in float32.
+
+    `fused` stores all experts of a layer as one tensor, as the model has them in memory.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
     config = AutoConfig.for_model(
-        model_type, **{**COMMON, **(ARCHITECTURES | MORE)[model_type], **more}
+        model_type, **{**COMMON, **(form or (ARCHITECTURES | CARRIED)[model_type])}
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -135,5 +149,5 @@ def make(
             else:
                 parameter.normal_(mean=1.0, std=0.1)
     model = model.to(getattr(torch, dtype))
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return model.float()
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not fused)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -117,8 +117,9 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
     cut.values[TOKENS] = Value(7, ("T",))
     for name, spec in states.items():
         cut.values[name] = Value(1, ("C", *spec.fixed))
+    known = _known_dims(graph, inputs["input_ids"][1])
     for number, segment in enumerate(segments):
-        cut.values |= _output_types(cut, segment)
+        cut.values |= _output_types(cut, segment, known)
         if number < len(experts):
             _check_experts(cut, experts[number])
     return cut
@@ -300,8 +301,25 @@ def _stages(
     return stages, experts
 
 
-def _output_types(cut: Cut, segment: Segment) -> dict[str, Value]:
-    """The segment's outputs as ONNX Runtime, which knows its own operators, infers them."""
+def _known_dims(graph: Any, tokens: Any) -> dict[str, tuple[int | str | None, ...]]:
+    """The dimensions the exporter knows: numbers, "T" where it is `tokens`, else None."""
+    return {
+        value.name: tuple(
+            dim if isinstance(dim, int) else "T" if dim == tokens else None for dim in value.shape
+        )
+        for node in graph
+        for value in node.outputs
+        if value.shape is not None and value.name != LOGITS
+    }
+
+
+def _output_types(
+    cut: Cut, segment: Segment, known: Mapping[str, tuple[int | str | None, ...]]
+) -> dict[str, Value]:
+    """The segment's outputs as ONNX Runtime, which knows its own operators, infers them.
+
+    A dimension that neither it nor the exporter knows is taken for the number of tokens.
+    """
     from evermind_runtime import onnx_runtime
 
     ort = onnx_runtime.require()
@@ -319,7 +337,11 @@ def _output_types(cut: Cut, segment: Segment) -> dict[str, Value]:
     for one in session.get_outputs():
         if one.type not in _ORT_TYPES or one.shape is None:
             raise UnsupportedError(f"{one.name}: a value of type {one.type} between segments")
-        dims = tuple(dim if isinstance(dim, int) else "T" for dim in one.shape)
+        inferred = [dim if isinstance(dim, int) else None for dim in one.shape]
+        told = known.get(one.name, tuple(inferred))
+        if len(told) != len(inferred):  # a rank that ONNX Runtime cannot tell reads as 0
+            inferred = [None] * len(told)
+        dims = tuple(here or other or "T" for here, other in zip(told, inferred, strict=True))
         found[one.name] = Value(_ORT_TYPES[one.type], dims)
     for name, spec in cut.states.items():
         if state_out(name) in found:

@@ -120,14 +120,14 @@ def import_checkpoint(
 
 
 def _check(folder: Path) -> None:
-    from evermind_runtime.parity import parity_failures
+    from evermind_runtime.parity import parity_problems
 
     with open_package(folder) as package:
-        failures = parity_failures(package)
-    if failures:
+        problems = parity_problems(package)
+    if problems:
         raise ExportError(
             "the package does not compute what transformers does, so this model cannot be "
-            f"imported: {failures[0]}"
+            f"imported: {problems[0].message}"
         )
 
 

@@ -1,0 +1,170 @@
+"""Checkpoint folders: read as they are, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from evermind_exporters.huggingface.checkpoint import Checkpoint, Rows
+from evermind_exporters.huggingface.text import read_generation
+from evermind_manifests.errors import CheckpointError, ExportError, UnsupportedError
+from evermind_manifests.package import open_package
+from safetensors.numpy import load_file, save_file
+
+from .conftest import Imported
+from .tiny import REFUSED, make
+
+
+def folder_with(folder: Path, files: dict[str, dict[str, np.ndarray]], index: bool = True) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    if index:
+        listed = {tensor: name for name, tensors in files.items() for tensor in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    return folder
+
+
+def test_rows_are_read_from_any_file_without_conversion(tmp_path: Path) -> None:
+    stacked = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
+    half = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    files = {"a.safetensors": {"stacked": stacked}, "b.safetensors": {"half": half}}
+    checkpoint = Checkpoint(folder_with(tmp_path, files))
+    np.testing.assert_array_equal(checkpoint.read(Rows("stacked", 1, 2, 4)), stacked[1, 2:])
+    np.testing.assert_array_equal(checkpoint.read(Rows("stacked", 0, 0, 2)), stacked[0, :2])
+    assert checkpoint.dtype("half") == "bf16"
+    np.testing.assert_array_equal(checkpoint.read(Rows("half", None, 0, 2)), half.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ({"x": "gone.safetensors"}, "gone.safetensors: missing"),
+        ({"x": "../a.safetensors"}, "weight_map"),
+        ({"x": "a.bin"}, "weight_map"),
+        ({"y": "a.safetensors"}, "y: expected in a.safetensors, found nowhere"),
+        ({}, "weight_map"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(
+    tmp_path: Path, listed: dict[str, str], message: str
+) -> None:
+    folder_with(tmp_path, {"a.safetensors": {"x": np.zeros(2, np.float32)}})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    x = np.zeros(2, np.float32)
+    files = {"a.safetensors": {"x": x, "y": x}, "b.safetensors": {"x": x}}
+    folder = folder_with(tmp_path, files)
+    with pytest.raises(CheckpointError, match="x: "):
+        Checkpoint(folder)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="found neither"):
+        Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a header, but long enough")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        Checkpoint(tmp_path)
+
+
+def test_stop_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert read_generation(tmp_path, 10).stop_tokens == (3,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 50]}')
+    assert read_generation(tmp_path, 10).stop_tokens == (4,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "4"}')
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        read_generation(tmp_path, 10)
+
+
+def test_expert_weights_are_kept_bit_by_bit(imported: Callable[[str], Imported]) -> None:
+    made = imported("mixtral")
+    tensors = {}
+    for file in made.checkpoint.glob("*.safetensors"):
+        tensors |= load_file(file)
+    assert len(list(made.checkpoint.glob("*.safetensors"))) > 1
+    names = {"w_gate": "w1", "w_up": "w3", "w_down": "w2"}
+    with open_package(made.package) as package:
+        for shard in package.manifest.shards:
+            contents = package.read_shard(shard.layer, shard.expert)
+            for ours, theirs in names.items():
+                name = (
+                    f"model.layers.{shard.layer}.block_sparse_moe.experts.{shard.expert}."
+                    f"{theirs}.weight"
+                )
+                expected = tensors[name]
+                assert expected.dtype == ml_dtypes.bfloat16
+                assert bytes(contents.views[ours]) == expected.tobytes()
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_cannot_be_carried_is_refused_with_the_reason(tmp_path: Path, refused: str) -> None:
+    pytest.importorskip("transformers")
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+
+    message, form = REFUSED[refused]
+    make(tmp_path / "checkpoint", refused, form=form)
+    with pytest.raises(UnsupportedError, match=message):
+        import_checkpoint(tmp_path / "checkpoint", tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    with pytest.raises(UnsupportedError, match="expected layers with experts"):
+        import_checkpoint(tmp_path / "llama", tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_an_incomplete_checkpoint_is_refused(
+    imported: Callable[[str], Imported], tmp_path: Path
+) -> None:
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+
+    source = imported("olmoe").checkpoint
+    whole = load_file(source / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    gone = "model.layers.1.mlp.experts.7.up_proj.weight"
+    for name, message in ((gone, "expected the tensors of 8"), ("lm_head.weight", "lm_head")):
+        rest = {key: value for key, value in whole.items() if key != name}
+        save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            import_checkpoint(tmp_path, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_package_that_computes_something_else_is_not_written(
+    imported: Callable[[str], Imported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate and up exchanged on the way into the shards: the check must see it."""
+    from evermind_exporters.huggingface import import_
+
+    source = imported("olmoe").checkpoint
+    monkeypatch.setattr(import_, "EXPERT_TENSORS", ("w_up", "w_gate", "w_down"))
+    with pytest.raises(ExportError, match="does not compute what transformers does"):
+        import_.import_checkpoint(source, tmp_path / "package")
+    assert list(tmp_path.iterdir()) == []
