@@ -30,7 +30,7 @@ def parse_budget(text: str | int, manifest: Manifest) -> int:
 
     Raises `BudgetError` for anything else.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
     return parse_size(text, total_expert_bytes(manifest))
 

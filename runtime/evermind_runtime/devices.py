@@ -194,7 +194,7 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
     if name == "cpu":
         return CpuDevice()
     kind, _, index = name.partition(":")
-    if kind == "cuda" and (index.isdigit() or not index):
+    if kind == "cuda" and (not index or (index.isascii() and index.isdecimal())):
         return CudaDevice(int(index or 0))
     raise DeviceError(f"device: expected 'cpu', 'cuda' or 'cuda:N', found {name!r}")
 

@@ -179,6 +179,7 @@ class Model:
         The result's arrays are overwritten by the state's next step: copy what must last.
         `inputs` are trusted to fit the plan with T = 1; `forward` checks them.
         """
+        self._check_open()
         with self._lock:
             self._tokens += 1
         if self._observer is not None:

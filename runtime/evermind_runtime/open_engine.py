@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.package import Package
@@ -47,13 +48,16 @@ def open_engine(
     # Experts pass through one working set on their way into the pools. That pager stays, for
     # programs that observe experts one by one; the test has another, and counts nowhere else.
     step = working_set_bytes(manifest)
-    filling = engine(step).pager
-    pools = Pools(manifest, filling)
-    trial = engine(step)
-    fault = pooled_fault(engine(step, pools, trial.pager), trial)
-    trial.pager.close()
-    if fault is None:
-        return engine(step, pools, filling), choice
+    with ExitStack() as stack:
+        filling = engine(step).pager
+        stack.callback(filling.close)
+        pools = Pools(manifest, filling)
+        trial = engine(step)
+        with closing(trial.pager):
+            fault = pooled_fault(engine(step, pools, trial.pager), trial)
+        if fault is None:
+            stack.pop_all()
+            return engine(step, pools, filling), choice
     if plan == "resident":
         raise UnsupportedError(
             f"plan: the pooled programs do not compute what the others do: {fault}",

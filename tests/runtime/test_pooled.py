@@ -9,7 +9,7 @@ import evermind_runtime as em
 import numpy as np
 import pytest
 from evermind_exporters.families import evermind_lm
-from evermind_manifests.errors import BudgetError, InputError, UnsupportedError
+from evermind_manifests.errors import BudgetError, ClosedError, InputError, UnsupportedError
 from evermind_manifests.manifest import Manifest
 from evermind_runtime.budget import total_expert_bytes, working_set_bytes
 from evermind_runtime.choose_plan import choose_plan
@@ -131,19 +131,42 @@ def test_a_family_without_pools_says_so(tmp_path: Path) -> None:
         assert model.plan.name == "half"
 
 
-def test_a_wrong_operator_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [1, "T"])
+def test_a_wrong_operator_is_found_out(
+    tokens: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if this ONNX Runtime's MoE meant something else than the exporter did."""
-    honest = evermind_lm.pooled_experts
+    honest = evermind_lm._pooled
 
-    def other(*args: Any, **options: Any) -> str:
-        return honest(*args, **options | {"activation": "silu"})
+    def other(dims: Any, count: int | str, *rest: Any) -> bytes:
+        graph = honest(dims, count, *rest)
+        return graph.replace(b"relu", b"silu") if count == tokens else graph
 
-    monkeypatch.setattr(evermind_lm, "pooled_experts", other)
+    monkeypatch.setattr(evermind_lm, "_pooled", other)
     package = export(lm_source(), tmp_path / "p")
     with em.load(package) as model:
         assert model.plan.name == "half"
-        assert "failed their self-test (gates.1: off by" in model.plan.reason
+        assert "failed their self-test (" in model.plan.reason
+        assert "off by" in model.plan.reason
         assert model.budget == total_expert_bytes(model.manifest)
         model.forward(TOKENS)
     with pytest.raises(UnsupportedError, match="do not compute what the others do"):
         em.load(package, plan="resident")
+
+
+def test_a_closed_model_runs_nothing_more(lm_package: Path) -> None:
+    model = em.load(lm_package, plan="resident")
+    state = model.new_state()
+    pieces = model.generate([1, 2], max_new_tokens=9, state=state)
+    next(pieces)
+    model.close()
+    with pytest.raises(ClosedError):
+        next(pieces)
+    with pytest.raises(ClosedError):
+        model.decode({"tokens": np.array([1])}, state)
+
+
+def test_a_negative_budget_is_refused(tmp_path: Path) -> None:
+    package = export(golden_source("limbic_small"), tmp_path / "p", dtype="f32")
+    with pytest.raises(BudgetError, match="found '-5'"):
+        em.load(package, budget=-5)
