@@ -61,16 +61,16 @@ class ModelSource:
 def read_source(path: Path, *, seed: int | None = None) -> ModelSource:
     """Open a model for export.
 
-    `path` is a folder with `config.json` and `model.safetensors` or one other `.safetensors`
-    file (a training run, or the peer's Hugging Face bundle), a `.safetensors` file beside its
+    `path` is a folder with `config.json` and `model.safetensors` or one other `.safetensors` file
+    (a training run, or the peer's Hugging Face bundle), a `.safetensors` file beside its
     `config.json`, a peer's `MoE0`, `EVL0`, `LMBC` or `.evermind` file, a Tokitai run's
-    `checkpoint.tkp1` beside its `arch.json`, an Atome model's `ATOME01`, `ATOME02` or
-    `ATOMEP3` file beside its `config.json`, or its `.pt` checkpoint. A `config.json` without
-    `family` is taken for the family that the tensors tell. `FAMILY:PRESET`, where nothing has
-    that name, is an untrained model whose weights are drawn from `seed` (default: 0) as they
-    are needed. Raises
-    `LocationError` where nothing is, `CheckpointError` for anything that is not one of these,
-    or is damaged, `ConfigError` for a `seed` where nothing is drawn.
+    `checkpoint.tkp1` beside its `arch.json` and, to overrule that, a `config.json`, an Atome
+    model's `ATOME01`, `ATOME02` or `ATOMEP3` file beside its `config.json`, or its `.pt`
+    checkpoint. A `config.json` without `family` is taken for the family that the tensors tell.
+    `FAMILY:PRESET`, where nothing has that name, is an untrained model whose weights are drawn from
+    `seed` (default: 0) as they are needed. Raises `LocationError` where nothing is,
+    `CheckpointError` for anything that is not one of these, or is damaged, `ConfigError` for a
+    `seed` where nothing is drawn.
     """
     preset = _preset(path)
     if preset is not None:
@@ -156,7 +156,11 @@ def _fresh_model(family: ModelFamily, preset: str, seed: int | None) -> ModelSou
 def _read_tokitai_run(checkpoint: Path) -> ModelSource:
     run = read_tokitai_run(checkpoint, _read_json(checkpoint.with_name(ARCH_NAME)))
     family = FAMILIES[TOKITAI]
-    config = family.resolve(run.raw, run.shapes)
+    where = checkpoint.with_name(CONFIG_NAME)
+    told = _read_json(where) if where.is_file() else {}
+    if (named := told.pop("family", TOKITAI)) != TOKITAI:
+        raise CheckpointError(f"{where}: family: expected {TOKITAI!r}, found {named!r}")
+    config = family.resolve({**run.raw, **told}, run.shapes)
     check_shapes(run.shapes, family.shapes(config), str(checkpoint), ARCH_NAME)
     name = checkpoint.resolve().parent.name
     summary = f"{run.step} steps" if run.step else None

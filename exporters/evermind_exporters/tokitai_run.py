@@ -2,7 +2,7 @@
 
 A checkpoint has no shapes; every matrix lies beside a bias, whose length tells them. arch.json
 must not contradict that. Which keys it has is not published (specs/tokitai.md, section 5), so
-several spellings are understood, also one level down; the rest is ignored.
+several spellings are understood, at any depth: what stands higher up counts. The rest is ignored.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ _SPELLINGS: Final[dict[str, tuple[str, ...]]] = {
     "hidden": ("hidden", "hidden_dim", "hidden_size", "h"),
     "depth": ("depth", "num_layers", "n_layers", "layers", "n"),
     "n_experts": ("n_experts", "num_experts", "expert_count", "experts"),
-    "top_k": ("top_k", "topk", "k"),
+    "top_k": ("top_k", "topk", "k", "num_experts_per_tok", "experts_per_token"),
+    "renormalize": ("renormalize", "renormalise", "norm_topk_prob"),
+    "gelu": ("gelu",),
+    "layer_norm_eps": ("layer_norm_eps", "layernorm_eps", "layer_norm_epsilon"),
     "seed": ("seed",),
     "router_kind": ("router_kind", "router", "router_kernel"),
     "fingerprint": ("fingerprint", "sha256", "topology_sha256"),
 }
-_TEXTS: Final = ("router_kind", "fingerprint")
+# Too common to mean the same inside of something else.
+_TOP_ONLY: Final = frozenset({"size", "variant", "h", "n", "k", "kind", "sha256"})
+# May also hold the things themselves.
+_CONTAINERS: Final = ("size", "variant", "layers", "experts", "router")
 _FAMILY: Final = ("family", "model_family", "kind")
 _MOE: Final = ("moe", "tokitai-moe", "tokitai", "mixture_of_experts")
 
@@ -61,21 +67,32 @@ def read_tokitai_run(checkpoint: Path, arch: Mapping[str, Any]) -> TokitaiRun:
 
 
 def _raw(arch: Mapping[str, Any], where: str) -> dict[str, Any]:
-    inner = [value for value in arch.values() if isinstance(value, Mapping)]
-    flat: dict[str, Any] = {}
-    for level in [*inner, arch]:
-        flat |= {str(key).lower(): value for key, value in level.items()}
+    flat = _flat(arch)
     family = next((flat[key] for key in _FAMILY if key in flat), "moe")
     if not isinstance(family, str) or family.lower() not in _MOE:
         raise CheckpointError(f"{where}: family: expected a mixture of experts, found {family!r}")
     raw: dict[str, Any] = {"module": "moe"}
     for name, spellings in _SPELLINGS.items():
-        values = [flat[key] for key in spellings if key in flat]
-        # A word for a list of things may also be the list.
-        values = [value for value in values if isinstance(value, int | str)]
-        if values:
-            raw[name] = str(values[0]) if name in _TEXTS else values[0]
+        found = next((key for key in flat if key in spellings), None)
+        if found is not None:
+            raw[name] = flat[found]
     return raw
+
+
+def _flat(arch: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said anywhere in `arch`, by key in lower case; null says nothing."""
+    flat: dict[str, Any] = {}
+    levels: list[Mapping[str, Any]] = [arch]
+    for level in levels:  # grows: breadth first, so what is higher up comes first
+        for name, value in level.items():
+            key = name.lower()
+            if isinstance(value, Mapping):
+                levels.append(value)
+            holds = key in _CONTAINERS and isinstance(value, Mapping | list)
+            if value is None or holds or (level is not arch and key in _TOP_ONLY):
+                continue
+            flat.setdefault(key, value)
+    return flat
 
 
 def _shapes(counts: Mapping[str, int], where: str) -> dict[str, Shape]:

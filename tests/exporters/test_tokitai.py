@@ -374,6 +374,42 @@ def test_an_architecture_is_recorded_and_must_fit(tmp_path: Path) -> None:
         read_source(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ({"num_experts_per_tok": 1}, {"top_k": 1}),
+        ({"model": {"router": {"top_k": 1, "kind": "softmax"}}, "layers": [1]}, {"top_k": 1}),
+        ({"experts_per_token": 3, "model": {"top_k": 1}, "seed": None}, {"top_k": 3}),
+        ({"beam": {"k": 3}, "optimizer": {"kind": "adamw"}}, {"top_k": 2}),
+        (
+            {"gelu": "tanh", "layer_norm_eps": 1e-3, "renormalize": True},
+            {"gelu": "tanh", "layer_norm_eps": 1e-3, "renormalize": True},
+        ),
+    ],
+)
+def test_what_an_architecture_says(
+    tmp_path: Path, arch: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    folder = _run_folder(tmp_path / "a", random_model({"size": "nano"}), arch)
+    config = read_source(folder).config
+    assert {key: config[key] for key in expected} == expected
+    assert "seed" not in config
+
+
+@pytest.mark.parametrize("value", [1.0, [1], "1", {"value": 1}])
+def test_an_unusable_value_is_refused_and_config_json_overrules_it(
+    tmp_path: Path, value: Any
+) -> None:
+    folder = _run_folder(tmp_path / "a", random_model({"size": "nano"}), {"top_k": value})
+    with pytest.raises(ConfigError, match="top_k: expected an integer"):
+        read_source(folder)
+    (folder / "config.json").write_text(json.dumps({"family": "tokitai-moe", "top_k": 1}))
+    assert read_source(folder).config["top_k"] == 1
+    (folder / "config.json").write_text(json.dumps({"family": "tilelli"}))
+    with pytest.raises(CheckpointError, match="family: expected 'tokitai-moe'"):
+        read_source(folder)
+
+
 def test_a_checkpoints_matrix_that_is_no_matrix(tmp_path: Path) -> None:
     source = random_model({"size": "nano"})
     tensors = {**source.tensors, "router.weight": np.zeros(4 * 96 + 1, np.float32)}

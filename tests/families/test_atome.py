@@ -192,6 +192,7 @@ def test_other_pickles_are_refused(content: Any, message: str, tmp_path: Path) -
     assert not Path("pwned").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"config": {"d_model": 8}, "state_dict": {"w": torch.ones(2)}}, path)
@@ -199,10 +200,9 @@ def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data[:-40])
     with pytest.raises(CheckpointError):
         read_source(path)
-    # Every byte of the pickle inverted in turn, and of the lengths around it.
-    end = data.index(b"PK\x03\x04", 4)
-    for at in range(len("PK__"), end, 3):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    # The lowest bit of the pickle's bytes, one after the other.
+    for at in range(data.index(b"PK\x03\x04") + 30, data.index(b"PK\x03\x04", 4)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises((CheckpointError, ConfigError)):
             read_source(path)
 
