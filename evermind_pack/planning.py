@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
-from evermind_runtime.choose_plan import PlanName, choose_plan
+from evermind_runtime.choose_plan import FETCHED_FIRST, PlanName, choose_plan
 from evermind_runtime.forecast import (
     FORMULA,
     GRAPH_RUN_CALLS,
@@ -44,7 +44,10 @@ ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to forecast for. `extents` are its shards, where they lie on a disk here."""
+    """A model to forecast for. `extents` are its shards, where they lie on a disk here.
+
+    `unless` is why `load` leaves its pooled programs alone unless they are asked for, if so.
+    """
 
     name: str
     family: str
@@ -56,6 +59,7 @@ class Subject:
     profile: Profile | None = None
     checkpoint_bytes: int | None = None
     notes: tuple[str, ...] = ()
+    unless: str | None = None
 
     def measure(self, threads: int | None = None) -> Machine:
         """This machine's figures, measured over the model's own files where it has some."""
@@ -115,6 +119,7 @@ def package_subject(package: Package, context: int | None = None, *, here: bool 
         manifest=manifest,
         profile=profile,
         notes=() if here else ("fetching it is not part of any figure",),
+        unless=None if package.store.local else FETCHED_FIRST,
     )
 
 
@@ -171,7 +176,7 @@ def predict(
     """
     sizes, chosen = subject.sizes, None
     if subject.manifest is not None:
-        chosen = choose_plan(plan, subject.manifest, budget, "cpu", memory).name
+        chosen = choose_plan(plan, subject.manifest, budget, "cpu", memory, subject.unless).name
         if chosen == "resident":
             sizes = pooled_sizes(subject.manifest, sizes)
             budget = None

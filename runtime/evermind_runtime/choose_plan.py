@@ -22,6 +22,9 @@ PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
 # 64, 256, 576 and 1024 KiB (BENCHMARKS.md).
 _SMALL_EXPERT = 384 * 1024
 
+# Why pools are left alone where every expert has to come over the network.
+FETCHED_FIRST = "pools would fetch all of them before the first token"
+
 
 @dataclass(frozen=True, slots=True)
 class PlanChoice:

@@ -9,7 +9,7 @@ from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.package import Package
 
 from .budget import working_set_bytes
-from .choose_plan import PlanChoice, PlanName, choose_plan
+from .choose_plan import FETCHED_FIRST, PlanChoice, PlanName, choose_plan
 from .devices import Device
 from .pager import Pager
 from .pools import Pools
@@ -34,8 +34,7 @@ def open_engine(
     are not used: `UnsupportedError` if they were asked for, else the next plan, which says so.
     """
     manifest = package.manifest
-    early = "pools would fetch all of them before the first token"
-    remote = None if package.store.local else early
+    remote = None if package.store.local else FETCHED_FIRST
     choice = choose_plan(plan, manifest, budget, device.name, free, remote)
     resident = Resident(package)
 

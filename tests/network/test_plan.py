@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evermind_runtime as em
 import pytest
 
 from tests.cli.command_line import call
@@ -27,5 +28,8 @@ def test_only_the_manifest_is_fetched(
     here = json.loads(call(capsys, "plan", package, "--json")[1])
     there = json.loads(out)
     assert there["sizes"] == here["sizes"]
+    assert here["forecasts"][-1]["plan"] == "resident"
     assert there["notes"] == ["fetching it is not part of any figure"]
     assert {path.rpartition("/")[2] for path in server.requests} == {"manifest.json"}
+    with em.load(server.url) as model:
+        assert there["forecasts"][-1]["plan"] == model.plan.name == "half"
