@@ -24,18 +24,40 @@ class FiniteCheck:
             for name, spec in plan.outputs.items()
             if spec.finite
         }
+        self._inputs = [name for name, spec in plan.inputs.items() if spec.dtype == "f32"]
 
     def check(self, values: Mapping[str, Array]) -> None:
         """Raise `NonFiniteError` for the first of `values` (by blackboard name) that is not.
 
-        States first: what became of an output begins there.
+        States first: what became of an output begins there. The inputs are looked at only to
+        tell the cause.
         """
         for name, cause in self._states.items():
             if name in values and not _finite(values[name]):
-                raise _error("state", name, values[name], str(cause))
+                raise self._error("state", name, values, name, str(cause))
         for value, (name, cause) in self._outputs.items():
             if value in values and not _finite(values[value]):
-                raise _error("output", name, values[value], cause)
+                raise self._error("output", name, values, value, cause)
+
+    def _error(
+        self, kind: str, name: str, values: Mapping[str, Array], value: str, usual: str
+    ) -> NonFiniteError:
+        array = values[value]
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        given = [one for one in self._inputs if one in values and not _finite(values[one])]
+        cause = f"usually {usual}"
+        hint = (
+            "The state is as it was before the call; start the sequence anew, or look at the "
+            "weights (`validate --deep`) and how the model was trained."
+        )
+        if given:
+            cause = f"input {given[0]!r} is not finite itself"
+            hint = "The state is as it was before the call; give finite numbers."
+        return NonFiniteError(
+            f"{kind} {name!r}: expected finite numbers, found {bad:,} of {array.size:,} infinite "
+            f"or NaN; {cause}",
+            hint=hint,
+        )
 
 
 def _layer(name: str) -> tuple[int, str]:
@@ -47,13 +69,3 @@ def _finite(array: Array) -> bool:
     # One pass without a temporary; only a sum that overflows needs the second.
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.add.reduce(array, axis=None))) or bool(np.isfinite(array).all())
-
-
-def _error(kind: str, name: str, array: Array, cause: str) -> NonFiniteError:
-    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-    return NonFiniteError(
-        f"{kind} {name!r}: expected finite numbers, found {bad:,} of {array.size:,} infinite or "
-        f"NaN: {cause}",
-        hint="The state is as it was before the call; start the sequence anew, or train the model "
-        "so that it does not grow.",
-    )

@@ -129,7 +129,7 @@ def run_program(
         for name, array in values.items():
             (replaced if name in current else board)[name] = array
     result = {name: replaced[name] if name in replaced else board[name] for name in wanted}
-    engine.finite.check({**result, **replaced})
+    engine.finite.check({**inputs, **result, **replaced})
     state.advance(replaced)
     return result
 

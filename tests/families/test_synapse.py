@@ -196,7 +196,7 @@ def test_a_memory_that_grows_is_refused_and_named(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     where = export(read_source(folder), tmp_path / "package")
     # The first layer that is to blame, not those that pass it on.
-    message = r"(?s)'(cell|normalizer)_state\.1'.* NaN.*layer 1, the xLSTM.*without a stabiliser"
+    message = r"(?s)'\w+\.1'.* NaN.*layer 1, the xLSTM.*without a stabiliser"
     tokens = np.arange(40) % 40
     for steps in PROGRAMS:
         with em.load(where) as model:
@@ -209,6 +209,22 @@ def test_a_memory_that_grows_is_refused_and_named(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(array, before[name], err_msg=name)
             # The state still works.
             model.forward({"tokens": tokens[:1]}, state=state, steps=steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["mamba", "thalamus", "xlstm", "fast_weights"])
+def test_numbers_that_are_not_finite_do_not_stay_in_a_module(name: str) -> None:
+    x = family_case(f"synapse_{name}").inputs["x"][0, :3]
+    for steps in PROGRAMS:
+        with em.load(package(name)) as model:
+            state = model.new_state()
+            before = state.save()
+            for factor, cause in ((np.nan, "input 'x' is not finite"), (1e30, "usually the")):
+                with pytest.raises(
+                    NonFiniteError, match=rf"state '\w+'.* infinite or NaN; {cause}"
+                ):
+                    model.forward({"x": x * np.float32(factor)}, state=state, steps=steps)  # type: ignore[arg-type]
+            for key, array in state.save().items():
+                np.testing.assert_array_equal(array, before[key])
 
 
 def test_the_command_line_takes_and_gives_the_golden_names(tmp_path: Path) -> None:

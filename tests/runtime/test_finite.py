@@ -9,7 +9,10 @@ from evermind_manifests.manifest import Plan, StateSpec, ValueSpec
 from evermind_runtime.finite import FiniteCheck
 
 PLAN = Plan(
-    inputs={},
+    inputs={
+        "x": ValueSpec(dtype="f32", shape=("T", 2)),
+        "ids": ValueSpec(dtype="i64", shape=("T",)),
+    },
     outputs={
         "logits": ValueSpec(dtype="f32", shape=("T", 2), value="scores", finite="the scores"),
         "free": ValueSpec(dtype="f32", shape=("T", 2)),
@@ -29,11 +32,11 @@ GOOD = np.zeros(3, dtype=np.float32)
 def test_the_first_layer_to_blame_is_named(bad: float) -> None:
     check = FiniteCheck(PLAN)
     wrong = np.array([1, bad, bad], dtype=np.float32)
-    with pytest.raises(NonFiniteError, match=r"'cell\.2'.*found 2 of 3 .*: layer two"):
+    with pytest.raises(NonFiniteError, match=r"'cell\.2'.*found 2 of 3 .*; usually layer two"):
         check.check({"scores": wrong, "cell.10": wrong, "cell.2": wrong})
     with pytest.raises(NonFiniteError, match=r"state 'cell\.10'"):
         check.check({"scores": wrong, "cell.10": wrong, "cell.2": GOOD})
-    with pytest.raises(NonFiniteError, match=r"output 'logits'.*: the scores"):
+    with pytest.raises(NonFiniteError, match=r"output 'logits'.*; usually the scores"):
         check.check({"scores": wrong, "cell.2": GOOD})
     check.check({"free": wrong, "free.0": wrong})
 
@@ -42,3 +45,14 @@ def test_large_numbers_are_finite() -> None:
     largest = np.finfo(np.float32).max
     check = FiniteCheck(PLAN)
     check.check({"cell.2": np.full(3, largest), "cell.10": np.full(3, -largest), "scores": GOOD})
+
+
+def test_an_input_that_is_not_finite_is_the_cause() -> None:
+    check = FiniteCheck(PLAN)
+    wrong = np.array([1, np.nan, 1], dtype=np.float32)
+    values = {"cell.2": wrong, "x": GOOD, "ids": np.zeros(1, np.int64)}
+    with pytest.raises(NonFiniteError, match=r"'cell\.2'.*; usually layer two"):
+        check.check(values)
+    with pytest.raises(NonFiniteError, match=r"'cell\.2'.*; input 'x' is not finite itself"):
+        check.check({**values, "x": wrong})
+    check.check({"x": wrong, "cell.2": GOOD})

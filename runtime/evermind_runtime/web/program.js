@@ -70,7 +70,7 @@ function requireFinite(what, name, { dtype, data }, cause) {
   if (bad)
     throw new NonFiniteError(
       `${what} '${name}': expected finite numbers, found ${bad} of ${data.length} infinite or ` +
-        `NaN: ${cause}`,
+        `NaN; usually ${cause}`,
       { hint: "The state is as it was before the call; start the sequence anew." },
     );
 }

@@ -34,7 +34,7 @@ from .blocks import Block, rms_norm
 from .experts import KIND, expert_layout, swiglu, swiglu_kind
 from .module import SynapseModule
 from .params import EXPERT_TENSORS, fast_weights_of, mamba_of, synapse_parameters, xlstm_of
-from .recurrent import mamba_states, memory_states, router_of, xlstm_states
+from .recurrent import GROWTH, mamba_states, memory_states, router_of, xlstm_states
 
 _SAMPLE_TOKENS = 24
 
@@ -82,7 +82,7 @@ class SynapseModel(SynapseModule):
             "logits": ValueSpec(
                 dtype="f32",
                 shape=("T", config["vocab_size"]),
-                finite="a recurrent state grew until float32 could not hold it",
+                finite="weights that are not finite, or too large",
             )
         }
         for number in range(count):
@@ -128,10 +128,11 @@ class _Dims:
             self.memory = fast_weights_of(config)
         self.states: dict[str, StateSpec] = {}
         for number in range(config["n_layers"]):
-            where = f"layer {number}, the xLSTM's memory"
-            of_layer = xlstm_states(self.xlstm, where) | mamba_states(self.mamba)
+            # Whichever state of a layer is found first, its xLSTM is what usually spoils it.
+            cause = f"layer {number}, {GROWTH}"
+            of_layer = xlstm_states(self.xlstm, cause) | mamba_states(self.mamba, cause)
             if self.memory is not None:
-                of_layer |= memory_states(self.memory)
+                of_layer |= memory_states(self.memory, cause)
             self.states |= {f"{name}.{number}": spec for name, spec in of_layer.items()}
 
 

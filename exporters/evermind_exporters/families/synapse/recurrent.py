@@ -22,10 +22,12 @@ from .experts import sample_rows
 from .module import SynapseModule
 from .params import expert_names, mamba_of, synapse_parameters
 
-_GROWTH: Final = (
-    "its gates are exponentials without a stabiliser, so that it grows by the factor "
-    "exp(w_f x + b) with every token"
+# The usual causes of states that are not finite.
+GROWTH: Final = (
+    "the xLSTM's memory: its gates are exponentials without a stabiliser, so that it grows by the "
+    "factor exp(w_f x + b) with every token"
 )
+_SIZE: Final = "the input or the weights: the state holds products of them, too large for float32"
 
 
 @dataclass(slots=True)
@@ -37,29 +39,28 @@ class Fragment:
     observed: dict[str, tuple[str, ValueSpec]] = field(default_factory=dict)
 
 
-def mamba_states(config: Config) -> dict[str, StateSpec]:
+def mamba_states(config: Config, cause: str = _SIZE) -> dict[str, StateSpec]:
     """What a Mamba carries: its state, and its convolution's last inputs."""
     inner = config["d_inner"]
     return {
-        "ssm_state": StateSpec(dtype="f32", shape=(inner, config["d_state"])),
-        "conv_window": StateSpec(dtype="f32", shape=(config["d_conv"] - 1, inner)),
+        "ssm_state": StateSpec(dtype="f32", shape=(inner, config["d_state"]), finite=cause),
+        "conv_window": StateSpec(dtype="f32", shape=(config["d_conv"] - 1, inner), finite=cause),
     }
 
 
-def xlstm_states(config: Config, where: str) -> dict[str, StateSpec]:
-    """What an xLSTM carries; `where` says whose it is, for the error when it overflows."""
+def xlstm_states(config: Config, cause: str = GROWTH) -> dict[str, StateSpec]:
+    """What an xLSTM carries."""
     heads, size = config["n_heads"], config["d_head"]
-    cause = f"{where}: {_GROWTH}"
     return {
         "cell_state": StateSpec(dtype="f32", shape=(heads, size, size), finite=cause),
         "normalizer_state": StateSpec(dtype="f32", shape=(heads, size), init=1.0, finite=cause),
     }
 
 
-def memory_states(config: Config) -> dict[str, StateSpec]:
+def memory_states(config: Config, cause: str = _SIZE) -> dict[str, StateSpec]:
     """What a fast-weight memory carries."""
     shape = (config["n_heads"], config["d_key"], config["d_value"])
-    return {"fast_weights": StateSpec(dtype="f32", shape=shape)}
+    return {"fast_weights": StateSpec(dtype="f32", shape=shape, finite=cause)}
 
 
 class RecurrentModule(SynapseModule):
@@ -186,7 +187,7 @@ class XlstmModule(RecurrentModule):
 
     def states(self, config: Config) -> dict[str, StateSpec]:
         """See `RecurrentModule.states`."""
-        return xlstm_states(config, "the xLSTM's memory")
+        return xlstm_states(config)
 
     def fragment(self, block: Block, x: str, states: Mapping[str, str], config: Config) -> Fragment:
         """See `RecurrentModule.fragment`."""
