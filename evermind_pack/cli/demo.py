@@ -189,7 +189,8 @@ def _generate(
 ) -> _Generated:
     from evermind_runtime import load
 
-    with load(package, budget=budget) as model:
+    # Not pools: the two runs must agree in every bit.
+    with load(package, budget=budget, plan="auto" if budget else "half") as model:
         if show:
             print(args.prompt, end="", flush=True)
         tokens: list[int] = []
