@@ -12,6 +12,7 @@ import numpy as np
 from evermind_exporters import ExportOptions, ModelSource, export_package
 from evermind_exporters.checkpoints import Family, read_checkpoint, validate_config
 from evermind_exporters.families import FAMILIES
+from safetensors.numpy import save_file
 
 from evermind_pack.models import initial_tensors
 from evermind_pack.parity import parity_reference
@@ -47,6 +48,14 @@ def random_source(
         for name, shape in FAMILIES[family].shapes(resolved).items()
     }
     return ModelSource(family, resolved, tensors, "random", tokenizer)
+
+
+def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> Path:
+    """A folder with config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config)))
+    save_file(dict(weights), folder / "model.safetensors")
+    return folder
 
 
 def export(source: ModelSource, destination: Path, *, parity: bool = False, **options: Any) -> Path:

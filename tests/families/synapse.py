@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import atexit
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,25 +13,21 @@ from typing import Any
 import evermind_runtime as em
 import numpy as np
 from evermind_exporters import read_source
-from safetensors.numpy import save_file
 
 from tests.golden_families import Arrays, FamilyCase, family_case
-from tests.packages import export
+from tests.packages import export, write_model
 
 
 def write_source(case: FamilyCase, folder: Path, **config: Any) -> Path:
     """The case as a state dict with its config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(case.weights, folder / "model.safetensors")
-    written = {**case.config, "family": "synapse", **config}
-    (folder / "config.json").write_text(json.dumps(written))
-    return folder
+    return write_model(folder, {**case.config, "family": "synapse", **config}, case.weights)
 
 
 @cache
 def package(name: str, dtype: str = "f32") -> Path:
     """The package of a golden case; its module is told by the tensors."""
     folder = Path(mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source = read_source(write_source(family_case(f"synapse_{name}"), folder / "source"))
     return export(source, folder / "package", parity=True, dtype=dtype)
 

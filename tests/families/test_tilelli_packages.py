@@ -20,8 +20,9 @@ from evermind_runtime.trace import read_trace
 from evermind_pack.cli import main
 from evermind_pack.models import TilelliBlockModel
 from tests.golden_families import family_case
+from tests.packages import write_model
 
-from .tilelli import BLOCKS, LM, golden_model, package, random_model, write_model
+from .tilelli import BLOCKS, LM, golden_model, package, random_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 

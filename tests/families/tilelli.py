@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evermind_exporters import ExportOptions, export_package, read_source
-from safetensors.numpy import save_file
+from evermind_exporters import read_source
 
 from tests.golden_families import family_case
+from tests.packages import export, write_model
 
 BLOCKS = [
     *(f"tilelli_block_p{p}_b{banks}_k{k}" for p in (3, 5) for banks in (1, 4) for k in (0, 2)),
     "tilelli_block_fp",
 ]
 LM = "tilelli_lm"
-
-
-def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> Path:
-    """A folder with config.json and model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dict(config)))
-    save_file(dict(weights), folder / "model.safetensors")
-    return folder
 
 
 def golden_model(folder: Path, name: str, **config: Any) -> Path:
@@ -54,8 +45,4 @@ def random_model(folder: Path, config: Mapping[str, Any]) -> Path:
 
 def package(source: Path, destination: Path, *, parity: bool = False, **options: Any) -> Path:
     """The model in `source` as a package."""
-    from evermind_pack.parity import parity_reference
-
-    reference = parity_reference("tilelli") if parity else None
-    export_package(read_source(source), destination, ExportOptions(**options), reference=reference)
-    return destination
+    return export(read_source(source), destination, parity=parity, **options)
