@@ -7,6 +7,7 @@ once over it, so that a page-in is one read and a binding is one call.
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -204,10 +205,17 @@ def _host_memory(size: int) -> npt.NDArray[np.uint8]:
         # Whole pages that belong to nobody else: what direct reads need, and what is counted.
         # The block after them is never touched, so it takes no memory: kernels that load whole
         # vectors may look a little past the last tensor, and would fault without it.
-        return np.frombuffer(mmap.mmap(-1, size + BLOCK), dtype=np.uint8, count=size)
+        return np.frombuffer(_private_pages(size + BLOCK), dtype=np.uint8, count=size)
     raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
     start = -raw.ctypes.data % _CACHE_LINE
     return raw[start : start + size]
+
+
+def _private_pages(size: int) -> mmap.mmap:
+    """Anonymous memory that a forked process gets its own copy of."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def host_value(array: npt.NDArray[Any], dtype: DType) -> ort.OrtValue:

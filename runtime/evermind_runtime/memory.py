@@ -11,10 +11,10 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
-# (limit, use, key in memory.stat of what is page cache)
+# (limit, use, keys in memory.stat of what is page cache, and of what in it is shared memory)
 _VERSIONS = {
-    "": ("memory.max", "memory.current", "file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    "": ("memory.max", "memory.current", "file", "shmem"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
 }
 
 
@@ -55,11 +55,13 @@ def _group_limits(proc: Path, cgroups: Path) -> Iterator[tuple[str, int]]:
                 yield f"the control group's {_VERSIONS[controllers][0]}", left
 
 
-def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
+def _left(folder: Path, limit: str, usage: str, cached: str, shared: str) -> int | None:
     try:
         allowed, used = (int((folder / name).read_text()) for name in (limit, usage))
         stat = (folder / "memory.stat").read_text().splitlines()
-        cache = int(dict(line.split() for line in stat)[cached])
+        sizes = dict(line.split() for line in stat)
+        # Shared memory and tmpfs are counted with the page cache, but nothing gives them back.
+        cache = int(sizes[cached]) - int(sizes.get(shared, 0))
     except (OSError, KeyError, ValueError):
         # There is no limit here ("max"), or no such file.
         return None

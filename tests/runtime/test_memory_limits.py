@@ -48,6 +48,21 @@ def test_the_first_version_of_groups(proc: Path, tmp_path: Path) -> None:
     assert available_bytes(proc, groups) == 100 * KIB
 
 
+@pytest.mark.parametrize(
+    ("version", "cache", "shared"),
+    [(1, "total_cache", "total_shmem"), (2, "file", "shmem")],
+)
+def test_shared_memory_is_no_page_cache(
+    proc: Path, tmp_path: Path, version: int, cache: str, shared: str
+) -> None:
+    (proc / "self" / "cgroup").write_text("4:memory:/\n" if version == 1 else "0::/\n")
+    groups = tmp_path / "groups"
+    stat = f"{cache} {400 * KIB}\n{shared} {300 * KIB}\n"
+    folder = groups / "memory" if version == 1 else groups
+    group(folder, str(1000 * KIB), 800 * KIB, stat, version=version)
+    assert available_bytes(proc, groups) == 300 * KIB
+
+
 @pytest.mark.parametrize("text", ["", "MemTotal: 1 kB\n", "MemAvailable: many\n"])
 def test_what_cannot_be_read_is_not_known(proc: Path, tmp_path: Path, text: str) -> None:
     (proc / "meminfo").write_text(text)

@@ -264,7 +264,25 @@ def test_threads_under_a_tiny_budget_with_a_failing_store(
         assert model.stats().peak_resident_expert_bytes <= model.budget
 
 
-# Ctrl-C and close.
+# Forks, Ctrl-C and close.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_its_parents_experts_alone(
+    package: Path, expected: dict[str, Any]
+) -> None:
+    with load(package, budget="34%") as model:
+        model.forward(TOKENS)
+        slot = next(iter(model._pager.slots.resident.values()))
+        with slot.filling() as view:
+            before = bytes(view)
+            child = os.fork()
+            if not child:
+                view[:] = bytes(len(view))
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert bytes(view) == before
+        assert same(model.forward(TOKENS), expected["prefill"])
 
 
 @pytest.mark.parametrize("steps", ["prefill", "decode"])
