@@ -40,6 +40,7 @@ from evermind_runtime.trace import Trace
 
 CONFIG_NAME = "config.json"
 ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
+_OF_RUNNING = ("hit_rate", "bytes_per_token", "tokens_per_second", "bound", "ttft_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def _config_subject(path: Path, dtype: ExpertDType, context: int | None) -> Subj
 class Prediction:
     """A forecast, the plan that `load` would take for it, and the sizes under that plan.
 
-    `plan` is nothing for a model that is no package yet.
+    `plan` is nothing for a model that is no package yet, or a budget that no plan can work with.
     """
 
     plan: str | None
@@ -154,8 +155,14 @@ class Prediction:
     sizes: ModelSizes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {"plan": self.plan, **self.forecast.to_dict()}
+        """Plain values, ready for JSON; what never runs has no speed."""
+        values = {"plan": self.plan, **self.forecast.to_dict()}
+        return values if self.runs else values | dict.fromkeys(_OF_RUNNING)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the budget holds at least one step's experts."""
+        return self.forecast.verdict != "budget too small"
 
 
 def predict(
@@ -175,7 +182,8 @@ def predict(
     Raises `BudgetError` or `UnsupportedError` for a plan that cannot be had.
     """
     sizes, chosen = subject.sizes, None
-    if subject.manifest is not None:
+    too_small = budget is not None and budget < sizes.least_budget
+    if subject.manifest is not None and not too_small:
         chosen = choose_plan(plan, subject.manifest, budget, "cpu", memory, subject.unless).name
         if chosen == "resident":
             sizes = pooled_sizes(subject.manifest, sizes)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evermind_manifests.errors import InputError
+from evermind_manifests.errors import BudgetError, InputError
 from evermind_manifests.manifest import Manifest
 from evermind_manifests.package import Package
 from evermind_runtime.budget import check_budget, parse_size
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budgets",
         metavar="SIZES",
-        help="comma-separated, each as for `run` "
+        help="comma-separated, each `all` or as for `run` "
         "(default: all, 50%%, 25%%, one token's cycle, least)",
     )
     what = parser.add_mutually_exclusive_group()
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             memory=machine.available.bytes if machine.available else None,
         )
 
-    predictions = _those_that_fit({name: foresee(size) for name, size in budgets.items()}, args)
+    predictions = _those_that_fit(_foreseen(budgets, foresee, asked=bool(args.budgets)), args)
     jobs = {
         name: Job(
             package=args.package,
@@ -214,8 +215,6 @@ def run(args: argparse.Namespace) -> int:
         "cold": all(one.dropped for one in every) if args.cold else None,
         "same_tokens": None if prompt is None else same_tokens(list(results.values())),
     }
-    if args.plot:
-        _plot(args.plot, subject, reports, foresee)
     if args.json:
         print_json(
             {
@@ -230,6 +229,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         _print(subject, machine, reports, facts, quiet=args.quiet)
+    if args.plot:
+        _plot(args.plot, subject, reports, foresee)
     return 0
 
 
@@ -271,16 +272,35 @@ def _prompt(args: argparse.Namespace, package: Package) -> list[int] | None:
 
 
 def _budgets(text: str | None, manifest: Manifest, sizes: ModelSizes) -> dict[str, int | None]:
-    """What was written → bytes, the largest first."""
+    """What was written → bytes, the largest first; what comes to the same stands together."""
     if text is None:
         return dict(reversed(standard_budgets(sizes).items()))
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         raise InputError(f"--budgets: expected sizes like 100%,50%,25%, found {text!r}")
-    budgets = {name: parse_size(name, sizes.all_expert_bytes, "--budgets") for name in names}
-    for budget in budgets.values():
-        check_budget(budget, manifest)
-    return {name: budgets[name] for name in sorted(budgets, key=lambda name: -budgets[name])}
+    by_size: dict[int | None, list[str]] = {}
+    for name in dict.fromkeys(names):
+        size = None if name == "all" else parse_size(name, sizes.all_expert_bytes, "--budgets")
+        if size is not None:
+            check_budget(size, manifest)
+        by_size.setdefault(size if sizes.layers else None, []).append(name)
+    largest_first = sorted(by_size, key=lambda size: (size is not None, -(size or 0)))
+    return {", ".join(by_size[size]): size for size in largest_first}
+
+
+def _foreseen(
+    budgets: dict[str, int | None], foresee: Callable[[int | None], Prediction], *, asked: bool
+) -> dict[str, Prediction]:
+    """All that were `asked` for; of those nobody asked for only what the plan can be had with."""
+    found = {}
+    for name, budget in budgets.items():
+        try:
+            found[name] = foresee(budget)
+        except BudgetError:
+            # No budget at all is among them, and refuses no plan for its size.
+            if asked:
+                raise
+    return found
 
 
 def _those_that_fit(
@@ -393,6 +413,10 @@ def _plot(
     grid = sorted(
         {int(least * (total / least) ** (at / 60)) for at in range(61)} | {sizes.cycle_bytes, total}
     )
+    curve = []
+    for budget in grid:
+        with suppress(BudgetError):  # a plan may need more than some of these
+            curve.append(foresee(budget).forecast)
     plot_speeds(
         path,
         f"{subject.name}: speed over budget",
@@ -408,7 +432,7 @@ def _plot(
         bound=[(one.budget / total, one.bound) for one in reports],
         forecast=[
             (one.share, one.tokens_per_second.even, one.tokens_per_second.skewed)
-            for one in (foresee(budget).forecast for budget in grid)
+            for one in curve or [one.forecast for one in reports]
         ],
         cycle=sizes.cycle_bytes / total,
     )

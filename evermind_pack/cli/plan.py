@@ -248,19 +248,16 @@ def _print(
     rows[0] += ["memory", "verdict"]
     for name, prediction in forecasts.items():
         one = prediction.forecast
-        rows.append(
-            [
-                name,
-                human_bytes(one.budget),
-                prediction.plan or "-",
-                shown(one.tokens_per_second, number),
-                shown(one.hit_rate, lambda rate: f"{rate:.0%}"),
-                shown(one.bytes_per_token, lambda count: human_bytes(int(count))),
-                shown(one.ttft_seconds, seconds),
-                human_bytes(one.rss),
-                one.verdict,
-            ]
-        )
+        figures = [
+            shown(one.tokens_per_second, number),
+            shown(one.hit_rate, lambda rate: f"{rate:.0%}"),
+            shown(one.bytes_per_token, lambda count: human_bytes(int(count))),
+            shown(one.ttft_seconds, seconds),
+        ]
+        if not prediction.runs:
+            figures = ["-"] * len(figures)
+        budget_and_plan = [human_bytes(one.budget), prediction.plan or "-"]
+        rows.append([name, *budget_and_plan, *figures, human_bytes(one.rss), one.verdict])
     print_columns(rows)
     print()
     budget, why = advice

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evermind_manifests.errors import BudgetError, EvermindPackError
+from evermind_manifests.errors import BudgetError, EvermindPackError, InputError
 from evermind_runtime.forecast import Range, forecast
 from evermind_runtime.layers import ExpertLayer
 from evermind_runtime.machine import measure_machine
@@ -120,6 +120,12 @@ def test_a_model_without_experts_has_one_row(tmp_path: Path, capsys: Any) -> Non
     assert "no experts" in out
     assert "rows/s" in out
     assert "medians of 1 rounds of 3 rows" in err
+    code, out, _ = call(
+        capsys,
+        *("bench", mood, "--budgets", "100%,50%,100%", "--rounds", 1, "--max-new", 2, "--json"),
+    )
+    assert code == 0
+    assert [one["name"] for one in json.loads(out)["results"]] == ["100%, 50%"]
     code, _, err = call(capsys, "bench", mood, "--plot", tmp_path / "p.png")
     assert code == 2
     assert "without experts" in err
@@ -146,9 +152,54 @@ def test_the_plan_can_be_chosen(package: Path, capsys: Any) -> None:
     code, _, err = call(capsys, "bench", package, "--plan", "half", "--budgets", "50%")
     assert code == 2
     assert "'half' keeps all experts" in err
+    code, out, _ = call(
+        capsys,
+        *("bench", package, "--plan", "resident", "--budgets", "all", "--rounds", 1),
+        *("--max-new", 2, "--json"),
+    )
+    assert code == 0
+    assert [(one["name"], one["plan"]) for one in json.loads(out)["results"]] == [
+        ("all", "resident")
+    ]
     pooled = run_round(job(package, budget=None))
     assert pooled.plan == "resident"
     assert pooled.misses == 0
+
+
+@pytest.mark.parametrize("plan", ["half", "resident"])
+def test_a_plan_is_benched_with_the_budgets_that_hold_it(
+    plan: str, package: Path, tmp_path: Path, capsys: Any
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "speed.png"
+    code, out, _ = call(
+        capsys,
+        *("bench", package, "--plan", plan, "--rounds", 1, "--max-new", 2, "--json"),
+        *("--plot", plot),
+    )
+    assert code == 0
+    assert [(one["name"], one["plan"]) for one in json.loads(out)["results"]] == [("all", plan)]
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_was_measured_is_printed_before_it_is_drawn(
+    package: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise InputError("cannot draw")
+
+    monkeypatch.setattr("evermind_pack.cli.bench.plot_speeds", fail)
+    code, out, err = call(
+        capsys,
+        *("bench", package, "--budgets", "100%", "--rounds", 1, "--max-new", 2),
+        *("--plot", tmp_path / "p.png"),
+    )
+    assert code == 2
+    assert "cannot draw" in err
+    assert "100%" in out
+    assert "tokens/s" in out
 
 
 def test_a_round_counts_decoding_only(package: Path) -> None:

@@ -157,6 +157,19 @@ def test_a_table_for_people(package: Path, capsys: Any) -> None:
     assert "even to skewed" in err
 
 
+def test_a_budget_too_small_has_neither_plan_nor_speed(package: Path, capsys: Any) -> None:
+    one, other = plan(capsys, package, "--budget", "0", "--budget", "25%")["forecasts"][:2]
+    assert (one["verdict"], one["fits"]) == ("budget too small", False)
+    of_running = ("hit_rate", "bytes_per_token", "tokens_per_second", "bound", "ttft_seconds")
+    for field in ("plan", *of_running):
+        assert one[field] is None
+        assert other[field] is not None
+    _, out, _ = call(capsys, "plan", package, "--budget", "0")
+    (row,) = (line for line in out.splitlines() if "budget too small" in line)
+    assert "paged" not in row
+    assert row.split()[:6] == ["0", "0", "bytes", "-", "-", "-"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
