@@ -79,8 +79,9 @@ def export_package(
     """Write `source` to `destination` (a folder, or one file if it ends in `.zip`).
 
     Returns the package digest. `reference` computes the parity case; without it the package
-    has none. `progress(done, total)` counts shards. Raises `ExportError` when a weight does
-    not fit `dtype` or the destination cannot be written; then nothing is left behind.
+    has none. `progress(done, total)` counts shards. Raises `ExportError` when a weight is
+    not finite or does not fit `dtype`, or the destination cannot be written; then nothing is
+    left behind.
     """
     options = options or ExportOptions()
     with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
@@ -248,9 +249,21 @@ def _resident(source: ModelSource, family: ModelFamily, options: ExportOptions) 
 def _stored(
     name: str, array: np.ndarray[Any, Any], dtype: DType, options: ExportOptions
 ) -> np.ndarray[Any, Any]:
-    """`array` in storage dtype; what is not float32 is in it already."""
+    """`array` in storage dtype; what is not float32 is in it already.
+
+    Raises `ExportError` for weights that are not finite, or do not fit `dtype`.
+    """
     if array.dtype != np.float32:
         return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A sum needs no memory; it may overflow where no value is infinite.
+        finite = np.isfinite(np.add.reduce(array, axis=None)) or np.isfinite(array).all()
+    if not finite:
+        bad = array.size - np.count_nonzero(np.isfinite(array))
+        raise ExportError(
+            f"{name}: expected finite weights, found {bad:,} of {array.size:,} infinite or NaN",
+            hint="Take a checkpoint from before the training diverged.",
+        )
     try:
         if options.rounding == "truncate" and dtype == "f32":
             return dtypes.decode(dtypes.encode(array, "f16", "truncate").data, "f16", array.shape)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from evermind_manifests.errors import ExportError
 
 from .blueprint import Tensors
 from .family import Arrays, ModelFamily
@@ -26,7 +27,10 @@ _SEEDS = range(1, 17)
 def parity_file(
     family: ModelFamily, config: Mapping[str, Any], tensors: Tensors, reference: Reference
 ) -> bytes:
-    """The file's bytes for one case; the first seed whose routes are clear is taken."""
+    """The file's bytes for one case; the first seed whose routes are clear is taken.
+
+    Raises `ExportError` if the model's own results are not finite: they would prove nothing.
+    """
     run = reference(config, tensors)
     best: tuple[float, Arrays, Arrays] | None = None
     for seed in _SEEDS:
@@ -39,6 +43,13 @@ def parity_file(
             break
     assert best is not None
     _, inputs, outputs = best
+    for name, array in outputs.items():
+        if not np.isfinite(array).all():
+            raise ExportError(
+                f"{PARITY_NAME}: {name}: expected finite numbers from the model, found infinities "
+                "or NaN",
+                hint="Its weights are finite, but too large to compute with.",
+            )
     return encode_case(inputs, outputs, family.parity_tolerance)
 
 

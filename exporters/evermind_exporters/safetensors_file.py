@@ -38,7 +38,16 @@ class SafetensorsFile(Mapping[str, FloatArray]):
         spec = self._tensors[name]
         data = self._disk.read(spec.begin, spec.end - spec.begin)
         array = dtypes.decode(data, spec.dtype, spec.shape)
-        return array.astype(np.float32, copy=False)
+        if array.dtype != np.float64:
+            return array.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            single: FloatArray = array.astype(np.float32)
+        if not np.array_equal(np.isinf(single), np.isinf(array)):
+            raise CheckpointError(
+                f"{self._path}: {name}: expected numbers that float32 holds, found "
+                f"{np.abs(array).max():g}"
+            )
+        return single
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

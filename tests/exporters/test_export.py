@@ -13,8 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from evermind_exporters import ModelSource, export_package, read_source
+from evermind_exporters import ExportOptions, ModelSource, export_package, read_source
 from evermind_exporters.checkpoints import read_checkpoint
+from evermind_exporters.families import FAMILIES
+from evermind_exporters.parity import parity_file
+from evermind_exporters.safetensors_file import SafetensorsFile
 from evermind_manifests import dtypes
 from evermind_manifests.errors import (
     CheckpointError,
@@ -367,3 +370,37 @@ def test_large_half_precision_experts_are_cast_in_blocks(tmp_path: Path, dtype: 
     assert len(scans) == 2 * 2  # two experts, two matrices each
     with open_package(package) as opened:
         assert parity_failures(opened) == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["router.weight", "experts.1.linears.0.weight"])
+def test_a_weight_that_is_not_finite_is_refused_and_named(
+    tmp_path: Path, name: str, bad: float
+) -> None:
+    source = read_source(Path("tokitai-moe:nano"))
+    array = source.tensors[name].copy()
+    array.flat[3] = bad
+    source = replace(source, tensors={**source.tensors, name: array})
+    for dtype in ("f16", "f32"):
+        with pytest.raises(ExportError, match=rf"{name}: expected finite weights, found 1 of "):
+            export_package(source, tmp_path / "p", ExportOptions(dtype=dtype))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_double_that_is_no_single_is_refused(tmp_path: Path) -> None:
+    save_file({"a": np.array([1.0, -1e300]), "b": np.array([1e30])}, tmp_path / "d.safetensors")
+    file = SafetensorsFile(tmp_path / "d.safetensors")
+    assert file["b"].dtype == np.float32
+    with pytest.raises(CheckpointError, match=r"a: expected numbers that float32 holds.*1e\+300"):
+        file["a"]
+
+
+def test_a_reference_that_is_not_finite_proves_nothing() -> None:
+    source = read_source(Path("tokitai-moe:nano"))
+
+    def reference(*_: Any) -> Any:
+        return lambda inputs: {"logits": np.full((1, 20), np.nan, np.float32)}
+
+    family = FAMILIES[source.family]
+    with pytest.raises(ExportError, match=r"parity\.json: logits: expected finite numbers"):
+        parity_file(family, source.config, source.tensors, reference)

@@ -166,3 +166,13 @@ def test_recover_refuses_weights_as_trained() -> None:
         ternary.recover(np.array([[0.5, 0.25]], np.float32), "w")
     with pytest.raises(CheckpointError, match="one magnitude"):
         ternary.recover(np.array([[np.nan, 0.0]], np.float32), "w")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_weight_that_is_not_finite_has_no_trits(bad: float, per_row: bool) -> None:
+    weight = np.array([[1, 2], [3, bad]], np.float32)
+    with pytest.raises(CheckpointError, match="w: expected finite numbers"):
+        ternary.ternarise(weight, per_row=per_row, where="w")
+    with pytest.raises(CheckpointError, match="expected finite numbers"):
+        ternary.power_of_three(weight, per_row=per_row)

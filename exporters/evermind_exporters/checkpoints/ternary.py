@@ -52,17 +52,25 @@ class Quantised:
         return product
 
 
-def absmean(weight: FloatArray, *, per_row: bool = False) -> FloatArray:
-    """alpha = max(mean |W|, 1e-5), (1,) or (rows,) float32; the mean is summed in double."""
+def absmean(weight: FloatArray, *, per_row: bool = False, where: str = "weight") -> FloatArray:
+    """alpha = max(mean |W|, 1e-5), (1,) or (rows,) float32; the mean is summed in double.
+
+    Raises `CheckpointError`, naming `where`, for a weight that is not finite.
+    """
     rows = np.abs(weight).reshape(len(weight) if per_row else 1, -1)
     alpha = rows.mean(axis=1, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(alpha).all():
+        raise CheckpointError(f"{where}: expected finite numbers, found infinities or NaN")
     floored: FloatArray = np.maximum(alpha, _SMALLEST_ALPHA)
     return floored
 
 
-def ternarise(weight: FloatArray, *, per_row: bool = False) -> Quantised:
-    """Trits round(W / alpha) limited to -1, 0, 1; halves go to the even neighbour."""
-    alpha = absmean(weight, per_row=per_row)
+def ternarise(weight: FloatArray, *, per_row: bool = False, where: str = "weight") -> Quantised:
+    """Trits round(W / alpha) limited to -1, 0, 1; halves go to the even neighbour.
+
+    Raises `CheckpointError`, naming `where`, for a weight that is not finite.
+    """
+    alpha = absmean(weight, per_row=per_row, where=where)
     scaled = weight / alpha.reshape((-1,) + (1,) * (weight.ndim - 1))
     return Quantised(np.clip(np.rint(scaled), -1, 1).astype(np.int8), alpha)
 

@@ -81,13 +81,14 @@ class MatrixSpec:
     def arrays(self, weight: FloatArray, *, recovered: bool, where: str) -> Arrays:
         """What is stored of a quantised `weight`; float arrays are rounded by the caller.
 
-        `recovered` weights are ternary already. Raises `CheckpointError` if they are not.
+        `recovered` weights are ternary already. Raises `CheckpointError` if they are not,
+        or for a weight that is not finite.
         """
         matrix = weight.reshape(self.rows, self.width)
         if recovered:
             used = ternary.recover(matrix, where, per_row=self.per_row)
         else:
-            used = ternary.ternarise(matrix, per_row=self.per_row)
+            used = ternary.ternarise(matrix, per_row=self.per_row, where=where)
         data: npt.NDArray[Any] = used.codes.astype(np.float32)
         if self.packed:
             pack = ternary.pack_base3 if self.storage == "ternary" else ternary.pack_two_bit
