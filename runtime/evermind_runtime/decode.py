@@ -15,7 +15,7 @@ import numpy as np
 from evermind_manifests.manifest import ExpertsStep, Guess, Step
 
 from .devices import Slot, host_value, numpy_dtype
-from .program import Choices, Engine, checked_ids, run_graph
+from .program import Choices, Engine, checked_ids, run_graph, without_zeros
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -150,11 +150,16 @@ class BoundDecode:
                 if step.choices:
                     self._engine.served(step.choices)
                 continue
-            tokens = step.ids.tolist()
-            pager.routed(step.layer, tokens)
+            ids: list[int] = step.ids.tolist()[0]
             gates = None if step.gates is None else step.gates.tolist()[0]
-            self._engine.counts.routed_one(step.layer, tokens[0], gates)
-            with pager.acquire(step.layer, tokens[0]) as slots:
+            at = None
+            if gates and 0.0 in gates:
+                ids, gates, at = without_zeros(ids, gates)
+            pager.routed(step.layer, [ids])
+            self._engine.counts.routed_one(step.layer, ids, gates)
+            with pager.acquire(step.layer, ids) as slots:
+                if at:
+                    slots = [slots[place] for place in at]
                 for guess in step.guesses:
                     if pager.guesses(guess.layer):
                         run_graph(guess.graph, guess.session, guess.binding)

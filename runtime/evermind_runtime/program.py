@@ -191,16 +191,34 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
         run_graph(step.graph, session, binding)
     else:
         layer = step.experts.layer
-        tokens = board[step.experts.ids].tolist()
-        engine.pager.routed(layer, tokens)
+        ids: list[int] = board[step.experts.ids].tolist()[0]
         gates = board[step.experts.gates].tolist()[0] if step.experts.gates else None
-        engine.counts.routed_one(layer, tokens[0], gates)
-        with engine.pager.acquire(layer, tokens[0]) as slots:
+        at = list(range(len(ids)))
+        if gates and 0.0 in gates:
+            ids, gates, at = without_zeros(ids, gates)
+        engine.pager.routed(layer, [ids])
+        engine.counts.routed_one(layer, ids, gates)
+        with engine.pager.acquire(layer, ids) as held:
+            slots = [held[place] for place in at]
             names = engine.expert_inputs(layer, len(slots))
             for slot, inputs in zip(slots, names, strict=True):
                 slot.bind(binding, inputs, engine.kinds[layer])
             run_graph(step.graph, session, binding)
     return dict(zip(step.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
+
+
+def without_zeros(
+    ids: Sequence[int], gates: Sequence[float]
+) -> tuple[list[int], list[float], list[int]]:
+    """(ids, gates, places): the experts of one token whose gate is not 0, and for every position
+    of a fused step the place among them that is bound there.
+
+    A gate of 0 takes any expert that is held, as its output does not count. Where all gates are
+    0 the first one is held for all.
+    """
+    kept = [place for place, gate in enumerate(gates) if gate != 0] or [0]
+    places = [kept.index(place) if place in kept else 0 for place in range(len(ids))]
+    return [ids[place] for place in kept], [gates[place] for place in kept], places
 
 
 def _run_experts(

@@ -218,6 +218,21 @@ def test_experts_that_are_not_routed_to_are_never_read(tmp_path: Path) -> None:
             assert model.stats().bytes_read == 2 * size
 
 
+def test_a_gate_of_zero_reads_no_expert(tmp_path: Path) -> None:
+    package = export(random_model({"size": "nano"}), tmp_path / "p")
+    x = 1000 * np.random.default_rng(5).normal(size=(1, 96)).astype(np.float32)
+    found = []
+    for steps in ("prefill", "decode"):
+        with evermind_runtime.load(package, plan="paged") as model:
+            values = model.forward({"x": x}, steps=steps)
+            assert values["gates.0"].tolist() == [[1, 0]]
+            tokens = [expert.tokens for expert in model.introspect().layers[0].experts]
+            found.append((values["logits"], tokens, model.stats().bytes_read))
+            assert sum(tokens) == 1
+    assert found[0][1:] == found[1][1:]
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+
+
 def test_streamed_and_held_models_agree() -> None:
     source = random_model(DIMS["deep"])
     inputs = FAMILY.sample_inputs(source.config, 1)
