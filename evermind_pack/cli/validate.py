@@ -9,7 +9,8 @@ from evermind_manifests.location import read_head
 from evermind_manifests.package import Package
 from evermind_manifests.problems import Problem
 from evermind_manifests.validate import Report, validate
-from evermind_runtime.stores import RemoteOptions, is_url, open_remote_store
+from evermind_runtime.stores import RemoteOptions, is_url
+from evermind_runtime.stores.open_remote import open_remote_store
 
 from .remote import remote_options
 from .terminal import Progress, print_json, progress

@@ -36,9 +36,7 @@ from .program import run_program
 from .shard_reader import IoMode, Verify
 from .state import Array, State
 from .stats import Stats
-from .stores.cached import CachedStore
 from .stores.options import RemoteOptions
-from .stores.warm_up import warm_up
 from .tokenizer import TextCodec, open_codec
 from .trace import TraceWriter
 
@@ -245,8 +243,11 @@ class Model:
 
     def _listen(self, writer: TraceWriter | None) -> None:
         """Tell of routed steps: a trace, and a server's store what it will be asked for."""
-        store = self._package.store
-        expect = store.expect if isinstance(store, CachedStore) else None
+        store, expect = self._package.store, None
+        if not store.local:
+            from .stores.cached import CachedStore
+
+            expect = store.expect if isinstance(store, CachedStore) else None
         if expect is None or writer is None:
             self._pager.recorder = writer.write if writer else expect
             return
@@ -433,7 +434,10 @@ def load(
     options = remote or RemoteOptions()
     package = open_location(location, options)
     try:
-        warm_up(package, options)
+        if not package.store.local:
+            from .stores.warm_up import warm_up
+
+            warm_up(package, options)
         return Model(
             package,
             budget=budget,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
 
@@ -53,6 +52,8 @@ def _open_here(location: str | os.PathLike[str]) -> Package:
     head = read_head(location, 4)
     if head is None:
         return open_package(location)
+    from importlib.metadata import entry_points
+
     for entry in entry_points(group=GROUP, name=head.hex()):
         try:
             opener = cast(Callable[[Path], Package], entry.load())

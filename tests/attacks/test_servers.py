@@ -17,8 +17,9 @@ from evermind_manifests.errors import (
     NetworkError,
 )
 from evermind_runtime.openers import open_location
-from evermind_runtime.stores import RemoteOptions, open_remote_store
+from evermind_runtime.stores import RemoteOptions
 from evermind_runtime.stores.http import AddressGuard, RefusedAddress
+from evermind_runtime.stores.open_remote import open_remote_store
 
 from tests.network.conftest import quick
 from tests.network.server import Behaviour, Handler, Server, serving

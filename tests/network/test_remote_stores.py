@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from evermind_manifests.errors import ClosedError
 from evermind_manifests.store import Store
-from evermind_runtime.stores import RemoteOptions, open_remote_store
+from evermind_runtime.stores import RemoteOptions
+from evermind_runtime.stores.open_remote import open_remote_store
 
 from tests.manifests.store_tests import FILES, StoreTests
 from tests.manifests.test_stores import write_folder, write_zip
