@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import suppress
@@ -41,7 +42,7 @@ _RECLAIM_SECONDS = 1.0
 class Pins:
     """Experts in use: `with pager.acquire(…) as slots`. Nothing stays pinned after it."""
 
-    __slots__ = ("_experts", "_layer", "_pager", "_pinned")
+    __slots__ = ("__weakref__", "_experts", "_layer", "_pager", "_pinned")
 
     def __init__(self, pager: Pager, layer: int, experts: Sequence[int]) -> None:
         self._pager = pager
@@ -51,6 +52,7 @@ class Pins:
 
     def __enter__(self) -> list[Slot]:
         try:
+            self._pager._entered[id(self._pinned)] = (weakref.ref(self), self._pinned)
             return self._pager._pin_all(self._layer, self._experts, self._pinned)
         except BaseException:
             self._pager._let_go(self._pinned)
@@ -69,12 +71,6 @@ class Pins:
             self._pager._let_go(self._pinned)
             self._pager._recover()
             raise
-
-    def __del__(self) -> None:
-        # Ctrl-C on the very way into `__exit__`. No lock may be taken here: the thread that
-        # collects garbage may hold it.
-        if pinned := getattr(self, "_pinned", None):
-            self._pager._dropped.append(pinned)
 
 
 class Pager:
@@ -131,8 +127,9 @@ class Pager:
             self._records = {layer: GuessRecord() for layer in self._experts}
         # Held locks of callers that wait for room.
         self._waiting: list[threading.Lock] = []
-        # What was pinned by those who were interrupted before they could let go.
-        self._dropped: deque[list[Slot]] = deque()
+        # What is pinned, by whom: Ctrl-C may strike on the very way into `Pins.__exit__`. A
+        # `__del__` would not do: an exception in it, Ctrl-C among them, is swallowed.
+        self._entered: dict[int, tuple[weakref.ref[Pins], list[Slot]]] = {}
         self._closed = False
 
     @property
@@ -142,14 +139,18 @@ class Pager:
 
     def routed(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
         """A step of `layer` begins: for each token, oldest first, the experts it will acquire."""
-        with self._lock:
-            self._policy.routed(layer, tokens)
-            if self.recorder:
-                self.recorder(layer, tokens)
-            if self._held:
-                self._held.pop(layer, None)
-            if guessed := self._guessed.pop(layer, None):
-                self._resolve(layer, guessed, tokens)
+        try:
+            with self._lock:
+                self._policy.routed(layer, tokens)
+                if self.recorder:
+                    self.recorder(layer, tokens)
+                if self._held:
+                    self._held.pop(layer, None)
+                if guessed := self._guessed.pop(layer, None):
+                    self._resolve(layer, guessed, tokens)
+        except BaseException:
+            self._recover()
+            raise
 
     def guesses(self, layer: int) -> bool:
         """Whether guesses for `layer` are of use."""
@@ -281,6 +282,8 @@ class Pager:
         self._page_in(keys, pinned)
         with self._lock:
             self.counters.wait_seconds += time.perf_counter() - started
+            if self._closed:
+                raise self._closed_error()
             return self._used(keys, missing)
 
     def _used(self, keys: Sequence[ExpertKey], missing: Collection[ExpertKey]) -> list[Slot]:
@@ -304,8 +307,7 @@ class Pager:
             with self._lock:
                 if self._closed:
                     raise self._closed_error()
-                if self._dropped:
-                    self._reclaim()
+                self._reclaim()
                 if fits := self._table.fits(keys):
                     jobs = self._start(keys, pinned, mine)
                 else:
@@ -316,7 +318,9 @@ class Pager:
             elif self._complete(jobs, mine):
                 return
             else:
-                self._let_go(pinned)
+                with self._lock:
+                    if self._table.unpin(pinned):
+                        open_gates(self._waiting)
 
     def _start(self, keys: Sequence[ExpertKey], pinned: list[Slot], mine: list[Job]) -> list[Job]:
         """Pin what is there and begin to read the rest; gives the jobs to wait for.
@@ -479,7 +483,9 @@ class Pager:
             if used:
                 continue
             if job.done:
-                self.counters.prefetch_wasted_bytes += sum(job.read)
+                # What was given up has been counted.
+                if not job.cancelled and not isinstance(job.error, ReadAbandonedError):
+                    self.counters.prefetch_wasted_bytes += sum(job.read)
             else:
                 job.cancelled = True
                 self._give_up(job)
@@ -500,11 +506,14 @@ class Pager:
         with self._lock:
             if self._table.unpin(pinned):
                 open_gates(self._waiting)
+            self._entered.pop(id(pinned), None)
 
     def _reclaim(self) -> None:
-        while self._dropped:
-            self._table.unpin(self._dropped[0])
-            del self._dropped[0]
+        """Undo the pins of those who were interrupted before they could."""
+        for at, (pins, pinned) in list(self._entered.items()):
+            if pins() is None:
+                self._table.unpin(pinned)
+                del self._entered[at]
 
     def _recover(self) -> None:
         """After an exception, which may be Ctrl-C at any place: end this thread's jobs.

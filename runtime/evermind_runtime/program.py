@@ -247,7 +247,8 @@ def _run_experts(
     # Where nothing is needed there is one empty group, and no expert for it.
     groups = np.split(order, starts[1:])
     with closing(engine.pager.stream(step.layer, chunk)) as slots:
-        for expert, slot, chosen in zip(chunk, slots, groups, strict=False):
+        # The slots first: they are asked for once more, and so come to their end.
+        for slot, expert, chosen in zip(slots, chunk, groups, strict=False):
             rows = chosen // top_k
             whole = kind.scope == "sequence"
             given = {"x": x if whole else x[rows]}

@@ -118,6 +118,8 @@ class ShardReader:
         size = slot_bytes(manifest)
         if not self._files.supported:
             return "this store does not read from a local file"
+        if not size:
+            return "there are no experts"
         if size < DIRECT_BYTES:
             return f"experts of {size:,} bytes are too small for it to pay"
         unaligned = next((s for s in manifest.shards if s.offset % BLOCK), None)

@@ -123,6 +123,7 @@ class SlotTable(Generic[_Job]):
         used |= {id(slot) for job in self.loading.values() for slot in jobs_slots(job)}
         self._free = [slot for slot in self.all if id(slot) not in used and not slot.pins]
         self.pinned = sum(slot.pins > 0 for slot in self.all)
+        self._policy.resync(self.resident)
 
     def clear(self) -> None:
         """Forget every slot."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 from evermind_manifests.errors import InputError
@@ -41,6 +43,34 @@ experts = st.lists(st.integers(0, EXPERTS - 1), min_size=2, max_size=2, unique=T
 steps = st.lists(
     st.tuples(st.integers(0, LAYERS - 1), st.lists(experts, min_size=1, max_size=4)), max_size=40
 )
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_resync_mends_what_ctrl_c_broke(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    policy = online_policies()[which]
+    keys = [(0, expert) for expert in (0, 3, 4)]
+    policy.routed(0, [[0, 3, 4]])
+    with monkeypatch.context() as patch:
+        # Between noting that an expert stands in the heap and putting it there.
+        patch.setattr(heapq, "heappush", interrupted)
+        for key in keys:
+            with suppress(KeyboardInterrupt):
+                policy.touched(key)
+        with suppress(KeyboardInterrupt):
+            policy.routed(0, [[1]])
+    policy.touched((1, 3))
+    policy.removed((1, 3))
+    policy.resync(keys)
+    left = set(keys)
+    while left:
+        victim = policy.victim(left.__contains__)
+        assert victim in left
+        policy.removed(victim)
+        left.remove(victim)
+    assert policy.victim(lambda _: True) is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -329,7 +329,7 @@ def interrupt() -> Iterator[Callable[[int], None]]:
         def tracer(frame: FrameType, event: str, arg: object) -> None:
             nonlocal left
             name = frame.f_code.co_name
-            if frame.f_code.co_filename in files and name[0] != "<" and name != "__del__":
+            if frame.f_code.co_filename in files and name[0] != "<":
                 left -= 1
                 if left == 0:
                     sys.settrace(None)
@@ -363,6 +363,38 @@ def test_ctrl_c_anywhere_in_the_pager_leaves_nothing_behind(
             pytest.fail("never came to an end")
         assert after > 40
         assert same(model.forward(inputs, steps=steps), right)
+
+
+def test_ctrl_c_before_pins_are_let_go(package: Path, expected: dict[str, Any]) -> None:
+    with load(package, budget="34%") as model:
+        own = model._pager.acquire(0, [0, 1])
+        own.__enter__()
+        del own  # as when its `with` never came to `__exit__`
+        assert model._pager.slots.pinned == 2
+        assert same(model.forward(TOKENS), expected["prefill"])
+        check_idle(model)
+    assert not hasattr(pager.Pins, "__del__")
+
+
+def test_a_prompt_ends_without_an_exception(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recover(_: object) -> None:
+        pytest.fail("an exception was recovered from")
+
+    with load(package, budget="34%") as model:
+        monkeypatch.setattr(pager.Pager, "_recover", recover)
+        model.forward(TOKENS)
+
+
+def test_closing_between_a_read_and_its_use(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = pager.Pager._page_in
+
+    def page_in(self: pager.Pager, *rest: Any) -> None:
+        honest(self, *rest)
+        self.close()
+
+    monkeypatch.setattr(pager.Pager, "_page_in", page_in)
+    with load(package, budget="34%") as model, pytest.raises(ClosedError):
+        model.forward(TOKENS)
 
 
 def test_closing_waits_for_reads_and_ends_the_threads(package: Path) -> None:

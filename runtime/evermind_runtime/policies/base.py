@@ -6,7 +6,7 @@ the pager's lock, so it needs none of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, TypeAlias
 
 ExpertKey: TypeAlias = tuple[int, int]
@@ -31,6 +31,9 @@ class Policy(Protocol):
 
     def removed(self, key: ExpertKey) -> None:
         """`key` is no longer resident."""
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """An exception, which may be Ctrl-C at any place, struck: these are what is resident."""
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The next resident key to give up among those evictable; `None` if there is none."""

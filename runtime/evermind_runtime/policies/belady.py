@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .base import Evictable, ExpertKey
 
@@ -50,6 +50,11 @@ class BeladyPolicy:
     def removed(self, key: ExpertKey) -> None:
         """Forget that `key` is resident."""
         self._resident.discard(key)
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """Build the heap anew."""
+        self._resident = set(resident)
+        self._heap = sorted((-self._next_use(key), key) for key in resident)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The evictable key whose next use is the furthest."""

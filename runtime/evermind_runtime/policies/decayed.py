@@ -25,7 +25,7 @@ one look at each layer.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import inf, log2
 
 from .base import Evictable, ExpertKey
@@ -60,6 +60,11 @@ class DecayedPolicy:
     def removed(self, key: ExpertKey) -> None:
         """`key` keeps its count, should it come back."""
         self._layers[self._position[key[0]]].removed(key[1])
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """Build every layer's heap anew; counts are kept."""
+        for layer in self._layers:
+            layer.resync(expert for at, expert in resident if at == layer.layer)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The evictable key least likely to be used soon."""
@@ -144,6 +149,15 @@ class _LayerHeat:
     def removed(self, expert: int) -> None:
         """`expert` is no longer resident."""
         self._resident.discard(expert)
+        self.cached = None
+
+    def resync(self, resident: Iterable[int]) -> None:
+        """These are resident, and no search is under way."""
+        self._resident = set(resident)
+        self._passed = set()
+        self._heap, self._queued = [], set()
+        for expert in self._resident:
+            self._queue(expert)
         self.cached = None
 
     def coldest(self) -> tuple[float, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .base import Evictable, ExpertKey
 
@@ -33,6 +33,11 @@ class LfuPolicy:
     def removed(self, key: ExpertKey) -> None:
         """`key` keeps its count, should it come back."""
         self._resident.discard(key)
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """Build the heap anew."""
+        self._resident, self._queued = set(resident), set(resident)
+        self._heap = sorted((self._uses[key], key) for key in resident)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The evictable key with the fewest uses."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .base import Evictable, ExpertKey
 
@@ -29,6 +29,11 @@ class LruPolicy:
     def removed(self, key: ExpertKey) -> None:
         """Forget `key`."""
         del self._order[key]
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """What was not known is the youngest."""
+        kept = [key for key in self._order if key in resident]
+        self._order = OrderedDict.fromkeys([*kept, *resident])
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The oldest evictable key."""

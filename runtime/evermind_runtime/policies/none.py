@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .base import Evictable, ExpertKey
 
@@ -18,6 +18,9 @@ class NoPolicy:
 
     def removed(self, key: ExpertKey) -> None:
         """Never called: nothing is evicted."""
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """Nothing to mend."""
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .base import Evictable, ExpertKey, Policy
 
@@ -36,6 +36,11 @@ class PinnedPolicy:
             self._resident.discard(key)
         else:
             self._rest.removed(key)
+
+    def resync(self, resident: Collection[ExpertKey]) -> None:
+        """To each its own."""
+        self._resident = {key for key in resident if key in self._rank}
+        self._rest.resync([key for key in resident if key not in self._rank])
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         """The other policy's victim; if it has none, the coldest pinned key."""
