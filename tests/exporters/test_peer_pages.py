@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from importlib.metadata import EntryPoint
 
@@ -200,7 +201,7 @@ def test_the_virtual_package_is_valid_to_the_last_digest():
 
 def test_without_the_exporters_the_extra_is_named(monkeypatch, tmp_path):
     entry = EntryPoint("30456f4d", "no_such_module_here:open_it", openers.GROUP)
-    monkeypatch.setattr(openers, "entry_points", lambda group, name: [entry])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group, name: [entry])
     with pytest.raises(MissingExtraError, match=r"needs the Python package 'no_such_module_here'"):
         em.load(GOLDEN / "moe_small" / "moe.v1.bin")
 
