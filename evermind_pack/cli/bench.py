@@ -35,6 +35,7 @@ from evermind_pack.planning import (
 )
 
 from .arrays import check_targets
+from .options import add_policy
 from .plan import machine_rows, model_rows, shown
 from .plots import new_figure, plot_speeds
 from .run import token_ids
@@ -105,18 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", metavar="N", type=positive_int, help="compute threads (default: all cores)"
     )
-    parser.add_argument(
-        "--policy",
-        choices=("decayed", "lru", "pinned"),
-        default="decayed",
-        help="which expert to give up when the budget is spent (default: decayed)",
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="JSON",
-        type=Path,
-        help="what --policy pinned keeps (default: the package's own profile.json)",
-    )
+    add_policy(parser)
     parser.add_argument(
         "--plan",
         choices=PLAN_NAMES,

@@ -8,6 +8,7 @@ from pathlib import Path
 from evermind_manifests.errors import InputError, MissingExtraError
 from evermind_manifests.manifest import Card
 
+from .options import add_card, add_layout, add_output
 from .terminal import human_bytes, print_json, print_table, progress, remark
 
 EXAMPLES = """\
@@ -30,26 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint.tkp1 with its arch.json (told apart by content), or FAMILY:PRESET for an "
         "untrained model (tokitai-moe:nano, :tiny, :medium, :full)",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="PKG",
-        type=Path,
-        required=True,
-        help="the package to write: a folder, or one file if it ends in .zip",
-    )
+    add_output(parser)
     parser.add_argument(
         "--dtype",
         choices=("f16", "bf16", "f32", "ternary", "ternary2"),
         help="what expert weights are stored as (default: f16; for tilelli models ternary, "
         "which is base-3, or ternary2, two bits a weight)",
     )
-    parser.add_argument(
-        "--layout",
-        choices=("files", "pool"),
-        default="files",
-        help="one file per expert, or pools of many (default: files)",
-    )
+    add_layout(parser)
     parser.add_argument(
         "--fp16-rounding",
         choices=("nearest", "truncate"),
@@ -70,11 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="the package's name (default: the source's)")
     parser.add_argument("--package-version", help="its version (default: the source's, or 1)")
-    parser.add_argument("--license", help="an SPDX identifier for the model card")
-    parser.add_argument("--author", help="who made the model, for the model card")
-    parser.add_argument("--description", default="", help="what the model is, for the card")
-    parser.add_argument("--tag", action="append", default=[], help="a tag for the card; repeatable")
-    parser.add_argument("--force", action="store_true", help="replace an existing package")
+    add_card(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from evermind_manifests.errors import LocationError, MissingExtraError
 from evermind_manifests.manifest import Card
 
 from .export import check_text, print_result
+from .options import add_card, add_layout, add_output
 from .terminal import progress, remark
 
 EXAMPLES = """\
@@ -26,14 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint folder on this machine: config.json, safetensors files, and "
         "tokenizer.json where there is one",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="PKG",
-        type=Path,
-        required=True,
-        help="the package to write: a folder, or one file if it ends in .zip",
-    )
+    add_output(parser)
     parser.add_argument(
         "--dtype",
         choices=("keep", "f16", "bf16", "f32"),
@@ -41,18 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what expert weights are stored as; keep: bit by bit what the checkpoint has "
         "(default: keep)",
     )
-    parser.add_argument(
-        "--layout",
-        choices=("files", "pool"),
-        default="files",
-        help="one file per expert, or pools of many (default: files)",
-    )
+    add_layout(parser)
     parser.add_argument("--name", help="the package's name (default: the folder's)")
-    parser.add_argument("--license", help="an SPDX identifier for the model card")
-    parser.add_argument("--author", help="who made the model, for the model card")
-    parser.add_argument("--description", default="", help="what the model is, for the card")
-    parser.add_argument("--tag", action="append", default=[], help="a tag for the card; repeatable")
-    parser.add_argument("--force", action="store_true", help="replace an existing package")
+    add_card(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from .arrays import (
     write_states,
 )
 from .introspection import draw_heatmap, print_introspection, write_prometheus
+from .options import add_policy
 from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table, remark
 
@@ -65,18 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="first",
         help="when a shard's sha256 is checked (default: at its first read)",
     )
-    parser.add_argument(
-        "--policy",
-        choices=("decayed", "lru", "pinned"),
-        default="decayed",
-        help="which expert to give up when the budget is spent (default: decayed)",
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="JSON",
-        type=Path,
-        help="what --policy pinned keeps (default: the package's own profile.json)",
-    )
+    add_policy(parser)
     parser.add_argument(
         "--plan",
         choices=PLAN_NAMES,

@@ -1,0 +1,53 @@
+"""Options that several commands take, with the same meaning and the same words."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """`--policy` and `--profile`: which experts stay in memory."""
+    parser.add_argument(
+        "--policy",
+        choices=("decayed", "lru", "pinned"),
+        default="decayed",
+        help="which expert to give up when the budget is spent (default: decayed)",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="JSON",
+        type=Path,
+        help="what --policy pinned keeps (default: the package's own profile.json)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """`-o`: the package that is written."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PKG",
+        type=Path,
+        required=True,
+        help="the package to write: a folder, or one file if it ends in .zip",
+    )
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """`--layout`: how its shards lie in files."""
+    parser.add_argument(
+        "--layout",
+        choices=("files", "pool"),
+        default="files",
+        help="one file per expert, or pools of many (default: files)",
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """What the model card says, and `--force`."""
+    parser.add_argument("--license", help="an SPDX identifier for the model card")
+    parser.add_argument("--author", help="who made the model, for the model card")
+    parser.add_argument("--description", default="", help="what the model is, for the card")
+    parser.add_argument("--tag", action="append", default=[], help="a tag for the card; repeatable")
+    parser.add_argument("--force", action="store_true", help="replace an existing package")
