@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
+from .states import LOGITS, TOKENS, plan_states, state_out, with_plan_values
 from .trace import DOMAIN, OPERATOR
 
 if TYPE_CHECKING:
     import onnx
 
-TOKENS, LOGITS = "tokens", "logits"
 # From here on a constant is a weight: it lies in the resident file, not in the graph.
 _WEIGHT_BYTES = 1024
 _ORT_TYPES = {
@@ -86,11 +85,6 @@ class Cut:
         return _serialize(self, self.segments[number], resident)
 
 
-def state_out(name: str) -> str:
-    """The graph output that has a state's new rows."""
-    return f"{name}.new"
-
-
 def cut_graph(program: Any, limit: int | None) -> Cut:
     """Cut `program` (an `onnx_ir.Model` as `trace` gives it); `limit` is the longest context.
 
@@ -108,8 +102,8 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
     for node in nodes:
         del node.metadata_props[:]
         node.doc_string = ""
-    pairs, states = _states(inputs, outputs, limit)
-    shaped = _with_plan_values(nodes, pairs, constants, states)
+    pairs, states = plan_states(inputs, outputs, limit)
+    shaped = with_plan_values(nodes, pairs, constants, states)
     opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
     opsets.pop(DOMAIN, None)
     segments, experts = _split(shaped, [LOGITS, *map(state_out, states)], set(constants))
@@ -123,107 +117,6 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
         if number < len(experts):
             _check_experts(cut, experts[number])
     return cut
-
-
-def _states(
-    inputs: Mapping[str, tuple[Any, ...]], outputs: Sequence[str], limit: int | None
-) -> tuple[dict[str, tuple[str, str]], dict[str, StateSpec]]:
-    """State → (graph input, graph output), and what the plan says of each.
-
-    A cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`.
-    """
-    import msgspec
-
-    known = {"input_ids", "position_ids"}
-    past = [name for name in inputs if name not in known]
-    present = [name for name in outputs if name != LOGITS]
-    if not known <= inputs.keys() or LOGITS not in outputs or len(past) != len(present):
-        raise UnsupportedError(
-            f"the exported graph: expected token ids, positions and a cache to logits, found "
-            f"{', '.join(inputs)} to {', '.join(outputs)}"
-        )
-    if not past:
-        raise UnsupportedError("the exported graph has no cache")
-    pairs, states = {}, {}
-    for number, (before, after) in enumerate(zip(past, present, strict=True)):
-        shape = inputs[before]
-        fits = len(shape) == 4 and [isinstance(dim, int) for dim in shape] == [
-            True,
-            True,
-            False,
-            True,
-        ]
-        if before.replace("input.", "", 1) != after.replace("output.", "", 1) or not fits:
-            raise UnsupportedError(
-                f"state {before}: expected a cache that grows along its third dimension, found "
-                f"{[str(dim) for dim in shape]} and {after}"
-            )
-        name = f"cache.{number}"
-        pairs[name] = before, after
-        states[name] = StateSpec(
-            dtype="f32",
-            shape=("C", int(shape[1]), int(shape[3])),
-            limit=limit if limit else msgspec.UNSET,
-        )
-    return pairs, states
-
-
-def _with_plan_values(
-    nodes: list[onnx.NodeProto],
-    pairs: Mapping[str, tuple[str, str]],
-    constants: dict[str, npt.NDArray[Any]],
-    states: Mapping[str, StateSpec],
-) -> list[onnx.NodeProto]:
-    """The nodes between the plan's values (tokens, states, logits) instead of transformers'."""
-    from onnx import helper
-
-    def ints(*values: int) -> str:
-        name = f"plan_ints_{'_'.join(map(str, values))}"
-        constants[name] = np.array(values, dtype=np.int64)
-        return name
-
-    for value, name in ((0, "plan_zero"), (1, "plan_one")):
-        constants[name] = np.array(value, dtype=np.int64)
-    first = next(iter(states))
-    before = [
-        helper.make_node("Unsqueeze", [TOKENS, ints(0)], ["input_ids"]),
-        helper.make_node("Shape", [TOKENS], ["plan_count"], start=0, end=1),
-        helper.make_node("Shape", [first], ["plan_length"], start=0, end=1),
-        helper.make_node("Squeeze", ["plan_count"], ["plan_tokens"]),
-        helper.make_node("Squeeze", ["plan_length"], ["plan_past"]),
-        helper.make_node("Add", ["plan_tokens", "plan_past"], ["plan_end"]),
-        helper.make_node("Range", ["plan_past", "plan_end", "plan_one"], ["plan_positions"]),
-        helper.make_node("Unsqueeze", ["plan_positions", ints(0)], ["position_ids"]),
-    ]
-    after = [helper.make_node("Squeeze", ["plan_logits", ints(0)], [LOGITS])]
-    renamed = {LOGITS: "plan_logits"}
-    # All states are equally long: no segment needs another's to know how long.
-    lengths = {("input_ids", 1): "plan_count"}
-    for name, (past, present) in pairs.items():
-        before += [
-            helper.make_node("Transpose", [name], [f"{name}.heads"], perm=[1, 0, 2]),
-            helper.make_node("Unsqueeze", [f"{name}.heads", ints(0)], [past]),
-        ]
-        after += [
-            helper.make_node(
-                "Slice", [present, "plan_length", ints(2**62), ints(2)], [f"{name}.rows"]
-            ),
-            helper.make_node("Squeeze", [f"{name}.rows", ints(0)], [f"{name}.squeezed"]),
-            helper.make_node("Transpose", [f"{name}.squeezed"], [state_out(name)], perm=[1, 0, 2]),
-        ]
-        lengths[past, 2] = "plan_length"
-    middle = []
-    for node in nodes:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-        if node.op_type == "Shape":
-            ends = {one.name: one.i for one in node.attribute}
-            begin = ends.get("start", 0)
-            length = lengths.get((node.input[0], begin))
-            if length and ends.get("end") == begin + 1:
-                node = helper.make_node("Identity", [length], node.output)
-        middle.append(node)
-    return before + middle + after
 
 
 def _split(

@@ -37,9 +37,10 @@ from ..onnx_graph import GraphBuilder
 from ..parity import PARITY_NAME, encode_case
 from ..resident import pack_resident
 from .checkpoint import CONFIG_NAME, Checkpoint, read_json
-from .cut import LOGITS, TOKENS, Cut, cut_graph
+from .cut import Cut, cut_graph
 from .experts import ExpertRows, ExpertsModule, find_experts, map_experts, stored_dtype
 from .quiet import quiet
+from .states import LOGITS, TOKENS
 from .text import TOKENIZER_NAME, read_generation, read_tokenizer
 from .trace import Reference, empty_model, load_trunk, require_transformers, stored, trace
 
