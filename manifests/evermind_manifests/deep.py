@@ -12,7 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
 from .dtypes import count_nonfinite
-from .errors import EvermindPackError, GraphError, IntegrityError, ShardError, TruncatedError
+from .errors import (
+    EvermindPackError,
+    GraphError,
+    IntegrityError,
+    ManifestError,
+    ShardError,
+    TruncatedError,
+)
 from .graph import MAX_GRAPH_BYTES, GraphInfo, graph_problems, inspect_graph
 from .interface import external_locations, interface_problems
 from .manifest import Manifest, Shard
@@ -20,6 +27,7 @@ from .package import read_shard_bytes, shard_place
 from .problems import Problem, problem, problem_of
 from .safetensors_header import PREFIX_BYTES, TensorRange, header_bytes, read_header
 from .shard import check_shard, read_shard
+from .source_map import MAX_SOURCE_BYTES, parse_source, source_problems
 from .store import Store
 
 _BLOCK = 4 * 1024 * 1024
@@ -63,6 +71,7 @@ class _Deep:
             if path == manifest.resident:
                 problems += self._check_resident(path)
         problems += interface_problems(manifest, self._graphs, self._resident)
+        problems += self._check_source()
         return problems
 
     def _check_file(self, path: str) -> Iterator[Problem]:
@@ -123,12 +132,7 @@ class _Deep:
 
     def _check_resident(self, path: str) -> Iterator[Problem]:
         try:
-            size = self._store.size(path)
-            prefix = bytearray(min(size, PREFIX_BYTES))
-            self._store.read_into(path, 0, memoryview(prefix))
-            head = bytearray(header_bytes(bytes(prefix), size, path))
-            self._store.read_into(path, 0, memoryview(head))
-            tensors = read_header(bytes(head), path, size=size)
+            tensors = self._tensors(path)
             self._resident = tensors
             for name, tensor in tensors.items():
                 count = sum(
@@ -140,6 +144,33 @@ class _Deep:
         except IntegrityError as error:
             if not isinstance(error, FileNotFoundError):
                 yield problem_of("resident-header", path, error)
+
+    def _check_source(self) -> Iterator[Problem]:
+        path = self._manifest.source
+        if path is None:
+            return
+        try:
+            source = parse_source(self._store.read(path, limit=MAX_SOURCE_BYTES), path)
+            if source.kept is not None and source.kept not in self._manifest.files:
+                yield problem(
+                    "unlisted-file", f"{path}: kept", f"{source.kept!r} is not in `files`"
+                )
+                return
+            kept = {} if source.kept is None else self._tensors(source.kept)
+        except (ManifestError, IntegrityError) as error:
+            if not isinstance(error, FileNotFoundError):
+                yield problem_of("source-map", path, error)
+            return
+        for message in source_problems(source, self._manifest, self._resident or {}, kept):
+            yield problem("source-map", path, message)
+
+    def _tensors(self, path: str) -> dict[str, TensorRange]:
+        size = self._store.size(path)
+        prefix = bytearray(min(size, PREFIX_BYTES))
+        self._store.read_into(path, 0, memoryview(prefix))
+        head = bytearray(header_bytes(bytes(prefix), size, path))
+        self._store.read_into(path, 0, memoryview(head))
+        return read_header(bytes(head), path, size=size)
 
     def _hash(self, path: str, size: int) -> str:
         digest = hashlib.sha256()

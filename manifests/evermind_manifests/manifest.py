@@ -323,6 +323,7 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokenizer: Tokenizer | None = None
     generation: Generation | None = None
     parity: PackagePath | None = None
+    source: PackagePath | None = None
     card: Card | None = None
     created: str | None = None
 

@@ -150,6 +150,9 @@ CODES: Final[dict[str, Code]] = {
         integrity=True,
     ),
     "resident-header": Code("deep", "resident.safetensors is malformed", _REFETCH, integrity=True),
+    "source-map": Code(
+        "deep", "source.json does not fit the tensors that the package holds", _WRITER
+    ),
     "non-finite": Code(
         "deep",
         "weights are infinite or NaN",

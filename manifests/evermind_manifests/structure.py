@@ -98,6 +98,8 @@ def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "tokenizer.file", manifest.tokenizer.file
     if manifest.parity is not None:
         yield "parity", manifest.parity
+    if manifest.source is not None:
+        yield "source", manifest.source
 
 
 def programs(plan: Plan) -> Iterator[tuple[str, Sequence[Step]]]:

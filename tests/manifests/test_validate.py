@@ -92,6 +92,22 @@ def swap_shards(folder: Path) -> None:
     replace_file(folder, "experts/l000/e0001.moe0", first)
 
 
+def misleading_source(folder: Path) -> None:
+    def name(raw: dict[str, Any]) -> None:
+        raw["source"] = "source.json"
+        add_file("source.json", raw)
+
+    edit_manifest(folder, name)
+    tensor = {"dtype": "f32", "shape": [4], "resident": "nowhere"}
+    source = {
+        "format": "evermind.source/1",
+        "files": {"model.safetensors": {"tensors": ["w"]}},
+        "tensors": {"w": tensor},
+    }
+    (folder / "source.json").write_bytes(b"")
+    replace_file(folder, "source.json", json.dumps(source).encode())
+
+
 SHARD = "experts/l000/e0000.moe0"
 HUGE_STATE = {"dtype": "f32", "shape": [2**20, 2**20], "init": 0.0}
 
@@ -229,6 +245,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "graphs/resident.safetensors",
         "the tensors end at",
     ),
+    "source-map": (misleading_source, "source.json", "its tensor is not there"),
     "non-finite": (infinite_weights, f"{SHARD}: tensor b1", "1 values are infinite or NaN"),
     "graph-invalid": (
         lambda folder: replace_file(folder, "graphs/head.onnx", b"not a graph"),

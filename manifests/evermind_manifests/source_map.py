@@ -1,0 +1,194 @@
+"""source.json: where a package holds the bits of the checkpoint that it was imported from.
+
+Every tensor of the checkpoint lies in the resident file, in shards (one whole, or a slice of it
+in each), or, where the model uses it in another form or not at all, in a safetensors file of
+its own that no graph reads. Whoever wants the checkpoint back needs nothing else. Bits are the
+checkpoint's where the stored dtype is; an import that rounds stores another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import ManifestError
+from .manifest import Count, DType, Manifest, Name, PackagePath, PositiveCount, Shape, TensorSpec
+from .safetensors_header import TensorRange
+from .unique_keys import unique_keys
+
+SOURCE_NAME: Final = "source.json"
+KEPT_NAME: Final = "source.safetensors"
+SOURCE_FORMAT: Final = "evermind.source/1"
+MAX_SOURCE_BYTES: Final = 256 * 1024 * 1024
+
+
+class Span(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Indices `begin`, `begin + step`, … below `end`, of one dimension: `[begin, end, step]`."""
+
+    begin: Count
+    end: PositiveCount
+    step: PositiveCount = 1
+
+    def __len__(self) -> int:
+        return len(range(self.begin, self.end, self.step))
+
+    @property
+    def slice(self) -> slice:
+        """To index an array with."""
+        return slice(self.begin, self.end, self.step)
+
+
+class ShardPart(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What one tensor of one shard holds of a checkpoint's tensor.
+
+    `at` has a span for each of the leading dimensions; those after are whole. `transposed`: the
+    shard holds that slice's matrices (its last two dimensions) transposed.
+    """
+
+    layer: Count
+    expert: Count
+    tensor: Name
+    at: Annotated[tuple[Span, ...], Meta(max_length=16)] = ()
+    transposed: bool = False
+
+
+class SourceTensor(
+    Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """One tensor of the checkpoint: what it was, and one of the places that hold its bits.
+
+    `resident` names a tensor of the resident file, of the same shape (or, `transposed`, of its
+    transpose). `shards` are slices that make up the whole. `kept`: it lies under its own name in
+    the file that the map calls `kept`. None of them: the package does not hold it.
+    """
+
+    dtype: DType
+    shape: Annotated[tuple[Count, ...], Meta(max_length=16)]
+    resident: Name | None = None
+    transposed: bool = False
+    shards: tuple[ShardPart, ...] = ()
+    kept: bool = False
+
+
+class SourceFile(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One safetensors file of the checkpoint: its tensors in their order, and its metadata."""
+
+    tensors: tuple[Name, ...]
+    metadata: dict[str, str] = {}
+
+
+class SourceMap(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """The whole of source.json. `index` is the `metadata` of the checkpoint's index file."""
+
+    format: Literal["evermind.source/1"]
+    files: dict[Name, SourceFile]
+    tensors: dict[Name, SourceTensor]
+    kept: PackagePath | None = None
+    index: dict[str, Any] | None = None
+
+
+_DECODER = msgspec.json.Decoder(SourceMap)
+_ENCODER = msgspec.json.Encoder(order="sorted")
+
+
+def encode_source(source: SourceMap) -> bytes:
+    """The file's bytes."""
+    return _ENCODER.encode(source) + b"\n"
+
+
+def parse_source(data: bytes, where: str = SOURCE_NAME) -> SourceMap:
+    """Raises `ManifestError` for what is not a source map: another format, a type, a key twice."""
+    try:
+        json.loads(data, object_pairs_hook=unique_keys)
+        return _DECODER.decode(data)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: {error}") from error
+
+
+def source_problems(
+    source: SourceMap,
+    manifest: Manifest,
+    resident: Mapping[str, TensorRange],
+    kept: Mapping[str, TensorRange],
+) -> Iterator[str]:
+    """Sentences on what does not fit the package, with the tensors that its files hold.
+
+    Shapes and dtypes are compared, not bits. A float may be stored in another float's dtype.
+    """
+    listed = [name for file in source.files.values() for name in file.tensors]
+    if len(set(listed)) != len(listed) or set(listed) != set(source.tensors):
+        yield "files: expected every tensor in exactly one of them"
+    if (source.kept is not None) != any(one.kept for one in source.tensors.values()):
+        yield "kept: expected a file where tensors are kept, and only there"
+    kinds = {one.layer: manifest.kinds.get(one.kind) for one in manifest.layers}
+    experts = {one.layer: one.experts for one in manifest.layers}
+    tensors = {
+        layer: {spec.name: spec for spec in kind.tensors} for layer, kind in kinds.items() if kind
+    }
+    for name, one in source.tensors.items():
+        place = f"tensors[{name!r}]"
+        places = (one.resident is not None) + bool(one.shards) + one.kept
+        if places > 1:
+            yield f"{place}: expected one place, found {places}"
+        elif one.resident is not None:
+            yield from _range_problems(place, one, resident.get(one.resident))
+        elif one.kept:
+            yield from _range_problems(place, one, kept.get(name))
+        elif one.shards:
+            yield from _part_problems(place, one, experts, tensors)
+
+
+def _range_problems(place: str, one: SourceTensor, found: TensorRange | None) -> Iterator[str]:
+    shape = tuple(reversed(one.shape)) if one.transposed else one.shape
+    if found is None:
+        yield f"{place}: its tensor is not there"
+    elif found.shape != shape:
+        yield f"{place}: shape: expected {list(shape)}, found {list(found.shape)}"
+    elif one.kept and found.dtype != one.dtype:
+        yield f"{place}: dtype: expected {one.dtype}, found {found.dtype}"
+
+
+def _part_problems(
+    place: str,
+    one: SourceTensor,
+    experts: Mapping[int, int],
+    tensors: Mapping[int, Mapping[str, TensorSpec]],
+) -> Iterator[str]:
+    covered = 0
+    for part in one.shards:
+        spec = tensors.get(part.layer, {}).get(part.tensor)
+        if spec is None or part.expert >= experts[part.layer]:
+            yield (
+                f"{place}: layer {part.layer} expert {part.expert} has no tensor {part.tensor!r}"
+            )
+            return
+        shape = _part_shape(one.shape, part.at)
+        found = spec.shape
+        if part.transposed and len(found) > 1:
+            found = (*found[:-2], found[-1], found[-2])
+        if shape is None or _squeezed(shape) != _squeezed(found):
+            yield (
+                f"{place}: layer {part.layer} expert {part.expert} {part.tensor}: expected a slice "
+                f"of {list(one.shape)} as large as {list(found)}"
+            )
+            return
+        covered += math.prod(shape)
+    if covered != math.prod(one.shape):
+        yield f"{place}: expected all of {list(one.shape)} in shards, found {covered:,} values"
+
+
+def _part_shape(shape: Shape, at: tuple[Span, ...]) -> tuple[int, ...] | None:
+    if len(at) > len(shape):
+        return None
+    if any(span.end > size for span, size in zip(at, shape, strict=False)):
+        return None
+    return (*map(len, at), *shape[len(at) :])
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
