@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from evermind_manifests.errors import InputError, MissingExtraError
 from evermind_manifests.manifest import Card
@@ -110,8 +112,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_result(args: argparse.Namespace, digest: str) -> None:
-    """Show the package at `args.output`."""
+def print_result(
+    args: argparse.Namespace,
+    digest: str,
+    figures: Mapping[str, Any] | None = None,
+    rows: Mapping[str, str] | None = None,
+) -> None:
+    """Show the package at `args.output`; `figures` (as JSON) and `rows` (else) say more of it."""
     from evermind_manifests.package import open_package
 
     with open_package(args.output) as package:
@@ -128,6 +135,7 @@ def print_result(args: argparse.Namespace, digest: str) -> None:
                 "expert_bytes": experts,
                 "bytes": size,
                 "parity": manifest.parity is not None,
+                **(figures or {}),
             }
         )
         return
@@ -136,6 +144,7 @@ def print_result(args: argparse.Namespace, digest: str) -> None:
             "package": f"{args.output}  ({human_bytes(size)})",
             "family": manifest.family,
             "experts": f"{len(manifest.shards)} shards, {human_bytes(experts)}",
+            **(rows or {}),
             "digest": digest,
         }
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from evermind_manifests.errors import LocationError, MissingExtraError
@@ -10,7 +11,7 @@ from evermind_manifests.manifest import Card
 
 from .export import check_text, print_result
 from .options import add_card, add_layout, add_output
-from .terminal import progress, remark
+from .terminal import progress, remark, seconds
 
 EXAMPLES = """\
   evermind-pack import ./OLMoE-1B-7B -o olmoe/
@@ -68,13 +69,24 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.force,
     )
     silent = args.quiet or args.json
+    begin = time.monotonic()
     with progress("writing experts", quiet=silent) as advance:
-        digest = import_checkpoint(
+        result = import_checkpoint(
             args.source,
             args.output,
             options,
             progress=advance,
             stage=lambda text: remark(text, quiet=silent),
         )
-    print_result(args, digest)
+    took = time.monotonic() - begin
+    print_result(
+        args,
+        result.digest,
+        {
+            "architecture": result.architecture,
+            "parity_error": result.parity_error,
+            "seconds": round(took, 3),
+        },
+        {"parity": f"off by {result.parity_error:.1e} of the largest logit", "took": seconds(took)},
+    )
     return 0

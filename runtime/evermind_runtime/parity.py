@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import msgspec
@@ -53,21 +54,46 @@ class _Parity(msgspec.Struct, frozen=True):
     cases: tuple[_Case, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What parity cases gave: their problems, and the largest error among floats.
+
+    `error` is relative to the output's largest magnitude, over both programs.
+    """
+
+    problems: list[Problem]
+    error: float = 0.0
+
+
 def parity_problems(package: Package) -> list[Problem]:
     """What `validate --run` reports: every result that is off, or why none could be had."""
+    return compare_parity(package).problems
+
+
+def compare_parity(package: Package) -> Comparison:
+    """Run every parity case through both programs; what could not be run is a problem too.
+
+    Raises `MissingExtraError` and `DeviceError`, which are the machine's fault.
+    """
     path = package.manifest.parity
     if path is None:
-        return [
-            problem(
-                "parity",
-                MANIFEST_NAME,
-                "there is no parity file: that the package computes anything cannot be shown",
-                "Export again with PyTorch installed, or validate without --run.",
-            )
-        ]
+        return Comparison(
+            [
+                problem(
+                    "parity",
+                    MANIFEST_NAME,
+                    "there is no parity file: that the package computes anything cannot be shown",
+                    "Export again with PyTorch installed, or validate without --run.",
+                )
+            ]
+        )
     found: list[Problem] = []
+    largest = 0.0
     try:
-        found += (problem("parity", path, failure) for failure in _failures(package, path))
+        for where, error, failure in _results(package, path):
+            largest = max(largest, error)
+            if failure is not None:
+                found.append(problem("parity", path, f"{where}: {failure}"))
     except (MissingExtraError, DeviceError):
         raise  # this machine's fault, not the package's
     except (IntegrityError, ShardError) as error:
@@ -77,7 +103,7 @@ def parity_problems(package: Package) -> list[Problem]:
         found.append(problem_of("parity", path, error))
     except Exception as error:  # a graph may fail in ONNX Runtime in ways of its own
         found.append(problem("parity", path, f"{type(error).__name__}: {error}"))
-    return found
+    return Comparison(found, largest)
 
 
 def parity_failures(package: Package) -> list[str]:
@@ -89,10 +115,15 @@ def parity_failures(package: Package) -> list[str]:
     path = package.manifest.parity
     if path is None:
         raise ManifestError(f"{MANIFEST_NAME}: parity: the package has no parity file to run")
-    return [f"{path}: {failure}" for failure in _failures(package, path)]
+    return [
+        f"{path}: {where}: {failure}"
+        for where, _, failure in _results(package, path)
+        if failure is not None
+    ]
 
 
-def _failures(package: Package, path: str) -> Iterator[str]:
+def _results(package: Package, path: str) -> Iterator[tuple[str, float, str | None]]:
+    """Of every output of every case: where it is, its error, and what is off, if anything."""
     cases = _read_cases(package.read_file(path), path)
     programs: tuple[Steps, ...] = ("prefill", "decode")
     # One token's experts are enough to compute anything, however large the package.
@@ -104,11 +135,10 @@ def _failures(package: Package, path: str) -> Iterator[str]:
             try:
                 found = model.forward(inputs, steps=program, outputs=list(outputs))
             except InputError as error:
-                yield f"{where}: {error}"
+                yield where, 0.0, str(error)
                 continue
             for name, array in outputs.items():
-                if off := _difference(array, found[name], tolerance):
-                    yield f"{where}, {name}: {off}"
+                yield f"{where}, {name}", *_difference(array, found[name], tolerance)
 
 
 def _read_cases(data: bytes, path: str) -> list[tuple[dict[str, Array], dict[str, Array], float]]:
@@ -128,22 +158,23 @@ def _read_cases(data: bytes, path: str) -> list[tuple[dict[str, Array], dict[str
         raise ManifestError(f"{path}: {error}") from error
 
 
-def _difference(expected: Array, found: Array, tolerance: float) -> str | None:
+def _difference(expected: Array, found: Array, tolerance: float) -> tuple[float, str | None]:
+    """The error of floats relative to the largest magnitude, and what is off, if anything."""
     if expected.shape != found.shape:
-        return f"expected shape {expected.shape}, found {found.shape}"
+        return 0.0, f"expected shape {expected.shape}, found {found.shape}"
     if expected.dtype != found.dtype:
-        return f"expected {expected.dtype}, found {found.dtype}"
+        return 0.0, f"expected {expected.dtype}, found {found.dtype}"
     if np.issubdtype(expected.dtype, np.integer):
         wrong = int(np.count_nonzero(expected != found))
-        return f"{wrong} of {expected.size} integers differ" if wrong else None
+        return 0.0, f"{wrong} of {expected.size} integers differ" if wrong else None
     # Where the model gives no number, the package must give none either.
     off = ~((expected == found) | (np.isnan(expected) & np.isnan(found)))
     scale = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0)) or 1.0
     error = float(np.abs(expected[off] - found[off]).max(initial=0.0)) / scale
     # Written so that a NaN on one side only fails.
-    return (
-        None if error <= tolerance else f"expected within {tolerance} of scale, found {error:.2g}"
-    )
+    if error <= tolerance:
+        return error, None
+    return error, f"expected within {tolerance} of scale, found {error:.2g}"
 
 
 def _check_cases(cases: Sequence[_Case]) -> None:

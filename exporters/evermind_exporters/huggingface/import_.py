@@ -66,6 +66,19 @@ class ImportOptions:
     overwrite: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """What was written.
+
+    `architecture` is transformers' name of the model's type; `parity_error` how far the logits
+    are off, relative to the largest.
+    """
+
+    digest: str
+    architecture: str
+    parity_error: float
+
+
 def import_checkpoint(
     folder: Path,
     destination: Path,
@@ -73,8 +86,8 @@ def import_checkpoint(
     *,
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
-) -> str:
-    """Write the checkpoint in `folder` as a package; returns its digest.
+) -> ImportResult:
+    """Write the checkpoint in `folder` as a package.
 
     The package is compared with transformers' eager float32 run of the weights as stored, in
     both programs, before it takes its place. `progress(done, total)` counts shards, `stage`
@@ -88,6 +101,7 @@ def import_checkpoint(
             f"dtype: expected one of {', '.join(get_args(ImportDType))}, found {options.dtype!r}"
         )
     tell = stage or (lambda _: None)
+    errors: list[float] = []
     require_transformers()
     checkpoint = Checkpoint(folder)
     with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
@@ -117,19 +131,22 @@ def import_checkpoint(
         parts = _shard_parts(package.layout, layers, checkpoint, dtype)
         write_shards(writer, parts, package.layers, package.kinds, progress)
         tell("comparing the package with transformers")
-        return writer.finish(package.manifest(), _check)
+        digest = writer.finish(package.manifest(), lambda folder: errors.append(_check(folder)))
+        return ImportResult(digest, model.config.model_type, errors[0])
 
 
-def _check(folder: Path) -> None:
-    from evermind_runtime.parity import parity_problems
+def _check(folder: Path) -> float:
+    """The package's parity error. Raises `ExportError` if it is too large."""
+    from evermind_runtime.parity import compare_parity
 
     with open_package(folder) as package:
-        problems = parity_problems(package)
-    if problems:
+        found = compare_parity(package)
+    if found.problems:
         raise ExportError(
             "the package does not compute what transformers does, so this model cannot be "
-            f"imported: {problems[0].message}"
+            f"imported: {found.problems[0].message}"
         )
+    return found.error
 
 
 def _trunk_size(model: Any) -> int:

@@ -1,0 +1,229 @@
+"""The `import` command from a checkpoint to text, as a user calls it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from evermind_pack.cli import main
+from tests.cli.command_line import call
+
+from .conftest import Imported
+
+pytest.importorskip("transformers")
+VOCABULARY = 96
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+    package: Path
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Words w3 to w95; a space between them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCABULARY))]
+    model = models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    imported: Callable[[str], Imported], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny-olmoe"
+    shutil.copytree(imported("olmoe").checkpoint, folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    package = tmp_path_factory.mktemp("imported") / "olmoe"
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(["import", str(checkpoint), "-o", str(package), "--license", "MIT", "--json"])
+    return Run(code, out.getvalue(), err.getvalue(), package)
+
+
+def test_the_result_says_what_was_written(done: Run) -> None:
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    files = [path for path in done.package.rglob("*") if path.is_file()]
+    experts = sum(path.stat().st_size for path in files if path.suffix == ".moe0")
+    assert 0 < result["parity_error"] <= 5e-5
+    assert result["seconds"] > 0
+    assert {key: result[key] for key in ("package", "architecture", "family", "parity")} == {
+        "package": str(done.package),
+        "architecture": "olmoe",
+        "family": "huggingface/olmoe",
+        "parity": True,
+    }
+    assert (result["experts"], result["expert_bytes"]) == (16, experts)
+    manifest = (done.package / "manifest.json").stat().st_size
+    assert result["bytes"] == sum(path.stat().st_size for path in files) - manifest
+
+
+def test_inspect_and_validate_know_the_package(done: Run, capsys: Any) -> None:
+    code, out, _ = call(capsys, "inspect", done.package, "--json")
+    summary = json.loads(out)
+    assert (code, summary["digest"]) == (0, json.loads(done.out)["digest"])
+    assert (summary["name"], summary["tokenizer"]) == ("tiny-olmoe", "tokenizers")
+    assert summary["config"]["model_type"] == "olmoe"
+    code, out, _ = call(capsys, "validate", done.package, "--deep", "--run", "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+
+
+@pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
+def test_run_pages_a_quarter_and_gives_what_transformers_does(
+    done: Run, imported: Callable[[str], Imported], capsys: Any
+) -> None:
+    import torch
+
+    prompt = [5, 17, 80, 3]
+    model = imported("olmoe").model
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )[0].tolist()[len(prompt) :]
+    greedy = ("--max-new", 12, "--budget", "25%", "--temperature", 0, "--json")
+    text = " ".join(f"w{token}" for token in prompt)
+    for what in (("--tokens", ",".join(map(str, prompt))), ("--prompt", text)):
+        code, out, _ = call(capsys, "run", done.package, *what, *greedy)
+        result = json.loads(out)
+        stop = result["tokens"].index(2) if 2 in result["tokens"] else 12
+        assert (code, result["tokens"][:stop]) == (0, expected[:stop])
+        assert stop > 3
+        assert result["expert_misses"] > 0
+        assert result["peak_resident_expert_bytes"] <= json.loads(done.out)["expert_bytes"] / 4
+        assert "w" in result["text"]
+
+
+def test_stages_are_told_on_stderr_and_q_is_silent(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evermind_exporters.huggingface import import_
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_, "trace", interrupt)
+    code, out, err = call(capsys, "import", checkpoint, "-o", tmp_path / "p")
+    assert (code, out) == (130, "")
+    assert err == "reading the checkpoint\ntracing the model\ninterrupted\n"
+    assert list(tmp_path.iterdir()) == []
+    code, out, err = call(capsys, "import", checkpoint, "-o", tmp_path / "p", "-q")
+    assert (code, out, err) == (130, "", "interrupted\n")
+
+
+def test_help_has_examples(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["import", "--help"])
+    assert ended.value.code == 0
+    assert "examples:\n  evermind-pack import ./OLMoE-1B-7B -o olmoe/" in capsys.readouterr().out
+
+
+def damage_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[8] = ord("[")
+    file.write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
+
+
+def lose_a_file(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def mix_dtypes(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.float64)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def change_config(**fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def write_config(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(text) and None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "message"),
+    [
+        (damage_header, "CheckpointError", "model.safetensors: not a safetensors file"),
+        (cut_short, "CheckpointError", "the file at"),
+        (lose_a_file, "CheckpointError", "model-00001-of-00002.safetensors: missing"),
+        (mix_dtypes, "UnsupportedError", "f32, f64"),
+        (pickle_only, "CheckpointError", "found neither"),
+        (change_config(model_type="not-known"), "UnsupportedError", "not-known"),
+        (change_config(num_experts=9), "CheckpointError", "expected the tensors of 9 experts"),
+        (change_config(intermediate_size=25), "CheckpointError", "shape: expected (25, 32)"),
+        (write_config("{"), "UnsupportedError", "config.json"),
+        (write_config("[]"), "UnsupportedError", "config.json"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_one_error(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: Any,
+    spoil: Callable[[Path], None],
+    kind: str,
+    message: str,
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    spoil(source)
+    code, out, err = call(capsys, "import", source, "-o", tmp_path / "p", "--json")
+    found = json.loads(out)["error"]
+    assert (code, found["type"], err) == (1, kind, "")
+    assert message in found["message"]
+    assert "\n" not in found["message"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_mistakes_of_usage(checkpoint: Path, done: Run, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = call(capsys, "import", tmp_path / "gone", "-o", tmp_path / "p")
+    assert (code, "gone" in err) == (2, True)
+    code, _, err = call(capsys, "import", checkpoint / "config.json", "-o", tmp_path / "p")
+    assert (code, "expected a checkpoint folder" in err) == (2, True)
+    with pytest.raises(SystemExit) as ended:
+        main(["import", str(checkpoint), "-o", str(tmp_path / "p"), "--dtype", "int8"])
+    assert ended.value.code == 2
+    assert "--dtype" in capsys.readouterr().err
+    before = (done.package / "manifest.json").read_bytes()
+    code, _, err = call(capsys, "import", checkpoint, "-o", done.package, "-q")
+    assert (code, "exists already" in err) == (1, True)
+    assert (done.package / "manifest.json").read_bytes() == before
+    code, _, err = call(capsys, "import", checkpoint, "-o", checkpoint, "--force", "-q")
+    assert (code, "expected a package to replace" in err) == (1, True)
+    assert list(tmp_path.iterdir()) == []
