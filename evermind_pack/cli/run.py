@@ -31,11 +31,14 @@ from .terminal import human_bytes, print_json, print_table, remark
 EXAMPLES = """\
   evermind-pack run shakespeare/ --prompt "def " --max-new 64 --budget 25%
   evermind-pack run shakespeare/ --tokens 1,2,3 --max-new 16 --temperature 0.8 --seed 7 --json
+  evermind-pack run olmoe/ --prompt "Once" --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
   evermind-pack run model.evermind --tokens 1,2,3 --max-new 16 --budget 25%
   evermind-pack run https://models.example.org/shakespeare/ --prompt "def " --max-new 64
   evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
   evermind-pack run chat/ --tokens 1,2,3 --max-new 16 --introspect --heatmap experts.png
   evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 # More digits than any id has would only make int() refuse in its own words.
 _TOKEN_ID = re.compile(r"\s*\d{1,18}\s*", re.ASCII)
@@ -109,7 +112,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("generation (--prompt, --tokens)")
     text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
     text.add_argument(
-        "--temperature", metavar="T", type=float, help="0 is greedy (default: the package's)"
+        "--temperature",
+        metavar="T",
+        type=float,
+        help="0 takes the likeliest token (default: the package's)",
+    )
+    text.add_argument(
+        "--top-k", metavar="K", type=int, help="draw from the K likeliest (default: the package's)"
+    )
+    text.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="draw from the likeliest that together reach P (default: the package's)",
+    )
+    text.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        help="draw from those at least P times as likely as the likeliest (default: the package's)",
+    )
+    text.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        help="above 1: tokens that were there are less likely (default: the package's)",
     )
     text.add_argument("--seed", type=int, help="of the sampler (default: 1)")
     text.add_argument(
@@ -170,8 +197,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_combination(args: argparse.Namespace) -> None:
     if args.inputs and not (args.outputs or args.state_out):
         raise InputError("--inputs needs --outputs NPZ (or --state-out NPZ) to write to")
-    generation, raw = ("max_new", "temperature", "seed", "stop_token"), ("outputs", "steps")
-    misplaced = generation if args.inputs else raw
+    generation = ("max_new", *SAMPLING, "stop_token")
+    misplaced = generation if args.inputs else ("outputs", "steps")
     for name in misplaced:
         if getattr(args, name) is not None:
             option = "--" + name.replace("_", "-")
@@ -222,10 +249,9 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
     generated = model.generate(
         prompt,
         max_new_tokens=args.max_new,
-        temperature=args.temperature,
-        seed=args.seed,
         stop_tokens=args.stop_token,
         state=state,
+        **{name: getattr(args, name) for name in SAMPLING},
     )
     if stream and args.prompt is not None:
         print(args.prompt, end="", flush=True)

@@ -277,17 +277,34 @@ class Parameters(Struct, frozen=True, kw_only=True):
 
 
 class Tokenizer(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`bytes`: token id = byte value. `tokenizers`: a Hugging Face tokenizer.json in `file`."""
+    """`bytes`: token id = byte value. `tokenizers`: a Hugging Face tokenizer.json in `file`.
+
+    `chat_templates` are Jinja files by name; `default` is the one for plain messages, and
+    `tool_use`, if there is one, for messages with tools. `special_tokens` (`bos_token`,
+    `eos_token`, …) are what templates may write by these names.
+    """
 
     kind: Literal["bytes", "tokenizers"]
     file: PackagePath | None = None
+    chat_templates: dict[Name, PackagePath] = {}
+    special_tokens: dict[Name, Text] = {}
 
 
 class Generation(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Defaults for generation; a caller's own values go first."""
+    """Defaults for generation; a caller's own values go first.
+
+    `temperature` 0 is greedy. The others count only where tokens are drawn, except
+    `repetition_penalty`, which divides the logits of tokens that were there (multiplies, where
+    they are negative). `top_k` 0 keeps all tokens. An empty prompt begins with `bos_token`.
+    """
 
     stop_tokens: tuple[Count, ...] = ()
+    bos_token: Count | None = None
     temperature: Annotated[float, Meta(ge=0)] = 0.0
+    top_k: Count = 0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
     max_new_tokens: PositiveCount = 64
 
 

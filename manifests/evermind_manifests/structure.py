@@ -96,6 +96,9 @@ def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "resident", manifest.resident
     if manifest.tokenizer is not None and manifest.tokenizer.file is not None:
         yield "tokenizer.file", manifest.tokenizer.file
+    if manifest.tokenizer is not None:
+        for name, path in manifest.tokenizer.chat_templates.items():
+            yield f"tokenizer.chat_templates[{name!r}]", path
     if manifest.parity is not None:
         yield "parity", manifest.parity
     if manifest.source is not None:
@@ -124,6 +127,8 @@ def _check_references(manifest: Manifest) -> Iterator[Problem]:
             yield problem("unlisted-file", place, f"{path!r} is not in `files`")
         elif place.startswith(("kinds", "plan")) and not path.endswith(".onnx"):
             yield problem("file-kind", place, f"expected an .onnx file, found {path!r}")
+        elif place.startswith("tokenizer.chat") and not path.endswith(".jinja"):
+            yield problem("file-kind", place, f"expected a .jinja file, found {path!r}")
     if manifest.resident is not None and not manifest.resident.endswith(".safetensors"):
         yield problem(
             "file-kind", "resident", f"expected a .safetensors file, found {manifest.resident!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import numpy as np
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Generation
 
-from .sampling import Sampler
+from .sampling import Sampler, Sampling
 from .state import State
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ def generate(
     prompt: str | Sequence[int],
     *,
     max_new_tokens: int | None,
-    temperature: float | None,
-    seed: int | None,
+    sampling: Sampling,
     stop_tokens: Sequence[int] | None,
     state: State | None,
 ) -> Iterator[Piece]:
@@ -48,17 +46,17 @@ def generate(
     limit = defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
     if limit < 0:
         raise InputError(f"max_new_tokens: expected 0 or more, found {limit}")
-    chosen = defaults.temperature if temperature is None else temperature
-    if math.isnan(chosen):
-        raise InputError("temperature: expected a number, found NaN")
+    sampler = sampling.sampler(defaults)
     ids = _encode(model, prompt)
+    if not ids and defaults.bos_token is not None:
+        ids = [defaults.bos_token]
     vocabulary = plan.inputs["tokens"].limit
     bad = next((i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)), None)
     if bad is not None:
         raise InputError(
             f"prompt: expected token ids from 0 to {(vocabulary or 0) - 1}, found {bad}"
         )
-    sampler = Sampler(chosen, seed)
+    sampler.see(ids)
     stops = frozenset(defaults.stop_tokens if stop_tokens is None else stop_tokens)
     return _loop(model, ids, limit, sampler, stops, state or model.new_state())
 

@@ -33,6 +33,7 @@ from .openers import open_location
 from .pager import Pager
 from .profile import PROFILE_NAME, Profile, parse_profile, read_profile
 from .program import run_program
+from .sampling import Sampling
 from .shard_reader import IoMode, Verify
 from .state import Array, State
 from .stats import Stats
@@ -196,16 +197,22 @@ class Model:
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
         stop_tokens: Sequence[int] | None = None,
         state: State | None = None,
     ) -> Iterator[Piece]:
         """Continue `prompt` (text, or token ids), piece by piece as tokens are made.
 
-        Greedy unless `temperature` > 0; `seed` then chooses the stream (default 1). A stop
-        token is part of the output and ends it. What is not given comes from the package's
-        `generation` defaults. `state` continues an earlier sequence. Raises `InputError` if
-        the package has no tokenizer for text, or does not generate.
+        Greedy unless `temperature` > 0; `seed` then chooses the stream (default 1), and
+        `top_k`, `top_p` and `min_p` which tokens may be drawn. `repetition_penalty` counts the
+        prompt and what was made since. A stop token is part of the output and ends it. What is
+        not given comes from the package's `generation` defaults. `state` continues an earlier
+        sequence. Raises `InputError` if the package has no tokenizer for text, does not
+        generate, or a value is out of range or would have no effect.
         """
         self._check_open()
         if state is not None:
@@ -214,8 +221,7 @@ class Model:
             self,
             prompt,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
             stop_tokens=stop_tokens,
             state=state,
         )

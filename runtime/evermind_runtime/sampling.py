@@ -1,33 +1,123 @@
-"""Choosing the next token, exactly as the peer does: specs/evermind-formats.md, section 8.4."""
+"""Choosing the next token.
+
+Greedy and plain temperature sampling are the peer's, number for number
+(specs/evermind-formats.md, section 8.4). The knobs of `warping.py` are transformers', in its order:
+repetition penalty, temperature, top-k, top-p, min-p. Draws are always the peer's generator's.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import Generation
 
 from .lcg import Lcg
+from .warping import Warping, penalise
 
 DEFAULT_SEED = 1
 
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; `None` is what the package says, and `seed` 1.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token, `min_p` 0 too; a
+    `repetition_penalty` above 1 makes tokens that were there less likely.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def sampler(self, defaults: Generation) -> Sampler:
+        """A sampler with what is not given taken from `defaults`.
+
+        Raises `InputError` for a value out of range, and for a knob that would do nothing as
+        the most likely token is taken anyway.
+        """
+        temperature = _first(self.temperature, defaults.temperature)
+        if math.isnan(temperature):
+            raise InputError("temperature: expected a number, found NaN")
+        idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if idle and temperature <= 0:
+            raise InputError(
+                f"{idle[0]}: has no effect where the most likely token is always taken",
+                hint="Give a temperature above 0 as well, such as 1.",
+            )
+        warping = Warping(
+            top_k=_first(self.top_k, defaults.top_k),
+            top_p=_first(self.top_p, defaults.top_p),
+            min_p=_first(self.min_p, defaults.min_p),
+        )
+        if warping.top_k < 0:
+            raise InputError(f"top_k: expected 0 (all) or more, found {warping.top_k}")
+        for name in ("top_p", "min_p"):
+            if not 0 <= (value := getattr(warping, name)) <= 1:
+                raise InputError(f"{name}: expected a number from 0 to 1, found {value}")
+        penalty = _first(self.repetition_penalty, defaults.repetition_penalty)
+        if not 0 < penalty < math.inf:
+            raise InputError(f"repetition_penalty: expected a number above 0, found {penalty}")
+        return Sampler(temperature, self.seed, warping=warping, repetition_penalty=penalty)
+
 
 class Sampler:
-    """Greedy (`temperature` 0) or temperature sampling with the peer's generator.
+    """Greedy (`temperature` 0 or less) or drawn with the peer's generator.
 
     One uniform is drawn per sampled token; a seed of 0 is the same stream as 1.
     """
 
-    def __init__(self, temperature: float = 0.0, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        *,
+        warping: Warping | None = None,
+        repetition_penalty: float = 1.0,
+    ) -> None:
         self._temperature = temperature
+        self._warping = warping or Warping()
+        self._penalty = repetition_penalty
+        self._seen: set[int] = set()
         self._lcg = Lcg(DEFAULT_SEED if seed is None else seed)
+
+    def see(self, tokens: Iterable[int]) -> None:
+        """Tokens that the repetition penalty counts; those that are picked it counts anyway."""
+        if self._penalty != 1:
+            self._seen.update(tokens)
 
     def pick(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token id for `logits` `(vocab,) float32`."""
+        if self._seen:
+            seen = np.fromiter(self._seen, np.int64, len(self._seen))
+            logits = penalise(logits, seen, self._penalty)
+        choice = self._choose(logits)
+        self.see([choice])
+        return choice
+
+    def _choose(self, logits: npt.NDArray[np.float32]) -> int:
         if self._temperature <= 0:
             return greedy(logits)
-        scaled = logits.astype(np.float64)
-        scaled /= self._temperature
+        if self._warping.keeps_all:
+            return self._draw(logits.astype(np.float64) / self._temperature)
+        scores = self._warping.apply(logits, self._temperature)
+        kept = np.flatnonzero(scores > -np.inf)
+        # Nothing is left where logits are NaN.
+        return (
+            int(kept[self._draw(scores[kept].astype(np.float64))]) if len(kept) else greedy(logits)
+        )
+
+    def _draw(self, scaled: npt.NDArray[np.float64]) -> int:
         scaled -= scaled.max()
         weights = np.exp(scaled, out=scaled).astype(np.float32)
         # Sums and differences one by one, in order, as rounding decides on the boundary.
@@ -49,3 +139,7 @@ def greedy(logits: npt.NDArray[np.float32]) -> int:
     if not math.isnan(logits[choice]):
         return choice
     return 0 if choice == 0 else int(np.nanargmax(logits))
+
+
+def _first(given: _T | None, default: _T) -> _T:
+    return default if given is None else given

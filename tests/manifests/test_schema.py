@@ -58,6 +58,8 @@ def test_a_real_manifest_is_valid(raw: dict[str, Any]) -> None:
         lambda raw: raw["layers"][0].update(top_k=0),
         lambda raw: raw["plan"]["decode"][0].update(step="dance"),
         lambda raw: raw.update(tokenizer={"kind": "words"}),
+        lambda raw: raw.update(generation={"top_p": 1.5}),
+        lambda raw: raw.update(generation={"repetition_penalty": 0}),
     ],
 )
 def test_schema_and_parser_refuse_the_same(

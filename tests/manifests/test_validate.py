@@ -434,6 +434,14 @@ STRUCTURE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda raw: raw["plan"]["decode"][1]["experts"].update(ids="i"), "'i' is read before"),
     (lambda raw: raw["plan"]["outputs"]["y"].update(value="none"), "never produces 'none'"),
     (lambda raw: raw.update(tokenizer={"kind": "tokenizers", "file": "t.json"}), "'t.json' is not"),
+    (
+        lambda raw: raw["tokenizer"].update(chat_templates={"default": "chat.jinja"}),
+        "'chat.jinja' is not",
+    ),
+    (
+        lambda raw: raw["tokenizer"].update(chat_templates={"default": "parity.json"}),
+        "expected a .jinja file",
+    ),
     (lambda raw: raw["plan"]["inputs"]["x"].update(aliases=["state"]), "'state' is taken"),
     (lambda raw: raw["plan"]["inputs"]["x"].update(aliases=["z", "z"]), "'z' is taken"),
     (
