@@ -62,15 +62,14 @@ class SourceTensor(
 ):
     """One tensor of the checkpoint: what it was, and one of the places that hold its bits.
 
-    `resident` names a tensor of the resident file, of the same shape (or, `transposed`, of its
-    transpose). `shards` are slices that make up the whole. `kept`: it lies under its own name in
-    the file that the map calls `kept`. None of them: the package does not hold it.
+    `resident` names tensors of the resident file, nearly always one, that make up the whole one
+    after another along the first dimension. `shards` are slices that do. `kept`: it lies under
+    its own name in the file that the map calls `kept`. None of them: the package does not hold it.
     """
 
     dtype: DType
     shape: Annotated[tuple[Count, ...], Meta(max_length=16)]
-    resident: Name | None = None
-    transposed: bool = False
+    resident: tuple[Name, ...] = ()
     shards: tuple[ShardPart, ...] = ()
     kept: bool = False
 
@@ -132,25 +131,35 @@ def source_problems(
     }
     for name, one in source.tensors.items():
         place = f"tensors[{name!r}]"
-        places = (one.resident is not None) + bool(one.shards) + one.kept
+        places = bool(one.resident) + bool(one.shards) + one.kept
         if places > 1:
             yield f"{place}: expected one place, found {places}"
-        elif one.resident is not None:
-            yield from _range_problems(place, one, resident.get(one.resident))
+        elif one.resident:
+            yield from _resident_problems(place, one, resident)
         elif one.kept:
-            yield from _range_problems(place, one, kept.get(name))
+            found = kept.get(name)
+            if found is None or (found.dtype, found.shape) != (one.dtype, one.shape):
+                yield f"{place}: expected {one.dtype} {list(one.shape)} in the kept file"
         elif one.shards:
             yield from _part_problems(place, one, experts, tensors)
 
 
-def _range_problems(place: str, one: SourceTensor, found: TensorRange | None) -> Iterator[str]:
-    shape = tuple(reversed(one.shape)) if one.transposed else one.shape
-    if found is None:
-        yield f"{place}: its tensor is not there"
-    elif found.shape != shape:
-        yield f"{place}: shape: expected {list(shape)}, found {list(found.shape)}"
-    elif one.kept and found.dtype != one.dtype:
-        yield f"{place}: dtype: expected {one.dtype}, found {found.dtype}"
+def _resident_problems(
+    place: str, one: SourceTensor, resident: Mapping[str, TensorRange]
+) -> Iterator[str]:
+    missing = [name for name in one.resident if name not in resident]
+    if missing:
+        yield f"{place}: the resident file has no tensor {missing[0]!r}"
+        return
+    shapes = [resident[name].shape for name in one.resident]
+    shape = shapes[0]
+    if len(shapes) > 1:
+        if not all(other and other[1:] == one.shape[1:] for other in shapes):
+            yield f"{place}: expected rows of {list(one.shape)}, found {shapes}"
+            return
+        shape = (sum(other[0] for other in shapes), *one.shape[1:])
+    if shape != one.shape:
+        yield f"{place}: shape: expected {list(one.shape)}, found {list(shape)}"
 
 
 def _part_problems(

@@ -56,8 +56,8 @@ def source(manifest: Manifest) -> tuple[SourceMap, dict[str, TensorRange]]:
         for expert in range(layer.experts)
     )
     tensors = {
-        "head": SourceTensor(dtype="bf16", shape=(4, 3), resident="head"),
-        "turned": SourceTensor(dtype="f32", shape=(3, 4), resident="head", transposed=True),
+        "head": SourceTensor(dtype="bf16", shape=(4, 3), resident=("head",)),
+        "rows": SourceTensor(dtype="f32", shape=(6, 3), resident=("head", "tail")),
         "stacked": SourceTensor(dtype="f16", shape=(layer.experts, rows, width), shards=stacked),
         "woven": SourceTensor(dtype="f16", shape=(width, layer.experts * rows), shards=woven),
         "unused": SourceTensor(dtype="f16", shape=(2,), kept=True),
@@ -69,7 +69,10 @@ def source(manifest: Manifest) -> tuple[SourceMap, dict[str, TensorRange]]:
         tensors=tensors,
         kept="source.safetensors",
     )
-    return made, {"head": TensorRange("bf16", (4, 3), 0, 24)}
+    return made, {
+        "head": TensorRange("bf16", (4, 3), 0, 24),
+        "tail": TensorRange("bf16", (2, 3), 24, 36),
+    }
 
 
 KEPT = {"unused": TensorRange("f16", (2,), 0, 4)}
@@ -92,10 +95,12 @@ def test_spans_are_slices() -> None:
     [
         (lambda raw: raw["files"]["model.safetensors"]["tensors"].pop(), "exactly one of them"),
         (lambda raw: raw.pop("kept"), "expected a file where tensors are kept"),
-        (lambda raw: raw["tensors"]["head"].update(resident="tail"), "is not there"),
+        (lambda raw: raw["tensors"]["head"].update(resident=["neck"]), "no tensor 'neck'"),
+        (lambda raw: raw["tensors"]["rows"].update(shape=[7, 3]), r"found \[6, 3\]"),
+        (lambda raw: raw["tensors"]["rows"].update(shape=[6, 4]), r"rows of \[6, 4\]"),
         (lambda raw: raw["tensors"]["head"].update(shape=[3, 4]), r"shape: expected \[3, 4\]"),
         (lambda raw: raw["tensors"]["head"].update(kept=True), "one place, found 2"),
-        (lambda raw: raw["tensors"]["unused"].update(dtype="f32"), "dtype: expected f32"),
+        (lambda raw: raw["tensors"]["unused"].update(dtype="f32"), "expected f32"),
         (lambda raw: raw["tensors"]["stacked"]["shards"].pop(), "expected all of"),
         (lambda raw: raw["tensors"]["stacked"]["shards"][0].update(expert=99), "has no tensor"),
         (lambda raw: raw["tensors"]["stacked"]["shards"][0].update(layer=99), "has no tensor"),

@@ -98,7 +98,7 @@ def misleading_source(folder: Path) -> None:
         add_file("source.json", raw)
 
     edit_manifest(folder, name)
-    tensor = {"dtype": "f32", "shape": [4], "resident": "nowhere"}
+    tensor = {"dtype": "f32", "shape": [4], "resident": ["nowhere"]}
     source = {
         "format": "evermind.source/1",
         "files": {"model.safetensors": {"tensors": ["w"]}},
@@ -245,7 +245,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "graphs/resident.safetensors",
         "the tensors end at",
     ),
-    "source-map": (misleading_source, "source.json", "its tensor is not there"),
+    "source-map": (misleading_source, "source.json", "no tensor 'nowhere'"),
     "non-finite": (infinite_weights, f"{SHARD}: tensor b1", "1 values are infinite or NaN"),
     "graph-invalid": (
         lambda folder: replace_file(folder, "graphs/head.onnx", b"not a graph"),
