@@ -125,6 +125,21 @@ class GraphBuilder:
         self._nodes.append(onnx.helper.make_node(op_type, list(inputs), names, **attributes))
         return names[0] if outputs == 1 else tuple(names)
 
+    def copy(self, node: onnx.NodeProto, inputs: Sequence[str]) -> list[str]:
+        """Add a node like `node`, of any graph, on `inputs`; returns its outputs' names."""
+        import onnx
+
+        self._counter += 1
+        prefix = f"{self._name}." if self._outer else ""
+        copied = onnx.NodeProto(op_type=node.op_type, domain=node.domain, input=inputs)
+        copied.attribute.extend(node.attribute)
+        copied.output.extend(
+            f"{prefix}{node.op_type}_{self._counter}_{i}" if name else ""
+            for i, name in enumerate(node.output)
+        )
+        self._nodes.append(copied)
+        return list(copied.output)
+
     def cast(self, value: str, dtype: DType) -> str:
         """Cast `value` to `dtype`."""
         return str(self.op("Cast", value, to=ONNX_DTYPES[dtype]))

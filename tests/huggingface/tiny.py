@@ -33,6 +33,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "norm_topk_prob": True,
     },
+    # Experts with biases, transposed, gate and up interleaved, clamped.
+    "gpt_oss": {
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 2,
+    },
 }
 
 _DEEPSEEK = {
@@ -101,7 +109,11 @@ CARRIED: dict[str, dict[str, Any]] = {
 }
 #: What is refused, and what the reason says.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt_oss": ("has_bias", {**_MIXTRAL, "head_dim": 8}),
+    # Its sliding windows: what is older leaves the cache, which a state cannot do yet.
+    "gpt_oss": (
+        "caches that grow",
+        {**ARCHITECTURES["gpt_oss"], "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "qwen3_next": (
         "caches that grow",
         {**ARCHITECTURES["qwen3_moe"], "num_hidden_layers": 4},

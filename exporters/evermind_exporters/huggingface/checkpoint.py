@@ -34,12 +34,16 @@ _MAX_JSON_BYTES = 256 * 1024 * 1024
 
 
 class Rows(NamedTuple):
-    """Rows `begin` to `end` of a tensor, or, with `expert`, of the matrix it holds there."""
+    """Rows `begin` to `end` of a tensor, or, with `expert`, of the matrix or vector it holds there.
+
+    `transposed`: of that matrix' transpose.
+    """
 
     name: str
     expert: int | None
     begin: int
     end: int
+    transposed: bool = False
 
 
 class Checkpoint:
@@ -75,15 +79,17 @@ class Checkpoint:
         return self._tensors[name][1].shape
 
     def read(self, rows: Rows) -> npt.NDArray[Any]:
-        """The rows `(end - begin, width)` as they are stored (bfloat16 as its 16-bit pattern)."""
+        """The rows `(end - begin, …)` as they are stored (bfloat16 as its 16-bit pattern)."""
         file, spec = self._tensors[rows.name]
-        width = spec.shape[-1]
-        first = rows.begin + (0 if rows.expert is None else rows.expert * spec.shape[-2])
-        row_bytes = width * ITEMSIZE[spec.dtype]
-        data = self._files[file].read(
-            spec.begin + first * row_bytes, (rows.end - rows.begin) * row_bytes
-        )
-        return np.frombuffer(data, STORAGE[spec.dtype]).reshape(rows.end - rows.begin, width)
+        dims = spec.shape if rows.expert is None else spec.shape[1:]
+        start = (rows.expert or 0) * math.prod(dims)
+        shape = dims if rows.transposed else (rows.end - rows.begin, *dims[1:])
+        if not rows.transposed:
+            start += rows.begin * math.prod(dims[1:])
+        itemsize = ITEMSIZE[spec.dtype]
+        data = self._files[file].read(spec.begin + start * itemsize, math.prod(shape) * itemsize)
+        array = np.frombuffer(data, STORAGE[spec.dtype]).reshape(shape)
+        return np.ascontiguousarray(array[:, rows.begin : rows.end].T) if rows.transposed else array
 
     def parameters(self) -> int:
         """Scalars in all tensors together."""

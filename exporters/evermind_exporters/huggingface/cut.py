@@ -16,8 +16,8 @@ from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
+from .opaque import DOMAIN, OPERATOR
 from .states import LOGITS, TOKENS, plan_states, state_out, with_plan_values
-from .trace import DOMAIN, OPERATOR
 
 if TYPE_CHECKING:
     import onnx

@@ -26,23 +26,22 @@ from evermind_manifests.manifest import (
     ValueSpec,
 )
 from evermind_manifests.package import open_package
-from evermind_manifests.shard import ShardLayout, plan_shard, shard_parts
+from evermind_manifests.shard import shard_parts
 from evermind_manifests.writer import PackageWriter
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
-from ..families.kind import expert_kind, fused_experts
-from ..families.synapse.experts import KIND, swiglu
-from ..families.synapse.params import EXPERT_TENSORS
-from ..onnx_graph import GraphBuilder
 from ..parity import PARITY_NAME, encode_case
 from ..resident import pack_resident
 from .checkpoint import CONFIG_NAME, Checkpoint, read_json
 from .cut import Cut, cut_graph
-from .experts import ExpertRows, ExpertsModule, find_experts, map_experts, stored_dtype
+from .expert_kinds import ExpertKinds
+from .expert_map import ExpertRows, map_experts, stored_dtypes
+from .experts import ExpertsModule, find_experts
 from .quiet import quiet
+from .reference import Reference, stored
 from .states import LOGITS, TOKENS
 from .text import TOKENIZER_NAME, read_generation, read_tokenizer
-from .trace import Reference, empty_model, load_trunk, require_transformers, stored, trace
+from .trace import empty_model, load_trunk, require_transformers, trace
 
 ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
 
@@ -110,26 +109,27 @@ def import_checkpoint(
             empty = empty_model(folder)
             modules = find_experts(empty)
             layers = map_experts(empty, modules, checkpoint)
-            found = stored_dtype(layers, checkpoint)
-            dtype: DType = found if options.dtype == "keep" else options.dtype
+            wanted = None if options.dtype == "keep" else options.dtype
+            stored_as = stored_dtypes(layers, checkpoint, wanted)
             model = load_trunk(folder, empty)
         tell("tracing the model")
         with quiet():
             program = trace(model, modules)
+            kinds = ExpertKinds(empty, modules, stored_as)
         limit = getattr(model.config, "max_position_embeddings", None)
         cut = cut_graph(program, limit)
         del program
-        package = _Draft(checkpoint, options, modules, dtype, cut, _trunk_size(model))
+        package = _Draft(checkpoint, options, modules, kinds, cut, _trunk_size(model))
         tell("computing what transformers gives")
-        reference = Reference(model, modules, layers, checkpoint, dtype)
+        reference = Reference(model, modules, layers, checkpoint, stored_as)
         tokens = np.random.default_rng(1).integers(0, package.vocabulary, _PARITY_TOKENS)
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         for path, data in {**package.files, PARITY_NAME: case}.items():
             writer.add_file(path, data)
         tell("writing experts")
-        parts = _shard_parts(package.layout, layers, checkpoint, dtype)
-        write_shards(writer, parts, package.layers, package.kinds, progress)
+        parts = _shard_parts(kinds, layers, checkpoint)
+        write_shards(writer, parts, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
         digest = writer.finish(package.manifest(), lambda folder: errors.append(_check(folder)))
         return ImportResult(digest, model.config.model_type, errors[0])
@@ -161,7 +161,7 @@ class _Draft:
         checkpoint: Checkpoint,
         options: ImportOptions,
         modules: list[ExpertsModule],
-        dtype: DType,
+        kinds: ExpertKinds,
         cut: Cut,
         trunk: int,
     ) -> None:
@@ -175,17 +175,10 @@ class _Draft:
         self._modules = modules
         self._cut = cut
         self._trunk = trunk
-        width, hidden = modules[0].width, modules[0].hidden
-        shapes = dict(
-            zip(EXPERT_TENSORS, ((hidden, width), (hidden, width), (width, hidden)), strict=True)
-        )
-        self.layout = plan_shard(
-            KIND, "silu", [(name, dtype, shape) for name, shape in shapes.items()]
-        )
-        self.kinds = {KIND: expert_kind(self.layout, (width, width), swiglu)}
+        self._experts = kinds
         self._top_k = [int(cut.values[node.ids].dims[1]) for node in cut.experts]
         self.layers = tuple(
-            Layer(layer=number, kind=KIND, experts=one.experts, top_k=top_k)
+            Layer(layer=number, kind=kinds.of[number], experts=one.experts, top_k=top_k)
             for number, (one, top_k) in enumerate(zip(modules, self._top_k, strict=True))
         )
         self.vocabulary = int(cut.values[LOGITS].dims[1])
@@ -195,9 +188,11 @@ class _Draft:
         self.files: dict[str, bytes] = {
             _segment_graph(number): cut.graph(number, index) for number in range(len(cut.segments))
         }
-        self._kinds = add_kinds(self.kinds, self.files)
-        for top_k in set(self._top_k):
-            self.files[_fused_graph(top_k)] = _fused(top_k, width, self.layout)
+        self._kinds = add_kinds(kinds.blueprints, self.files)
+        for layer in self.layers:
+            path = _fused_graph(layer)
+            if path not in self.files:
+                self.files[path] = kinds.fused(layer.kind, layer.top_k)
         self.files[RESIDENT_NAME] = resident
         if self._tokenizer is not None:
             self.files[TOKENIZER_NAME] = self._tokenizer
@@ -207,7 +202,6 @@ class _Draft:
         folder = self._checkpoint.folder
         config = read_json(folder / CONFIG_NAME)
         modules = self._modules
-        scalars = 3 * modules[0].width * modules[0].hidden
         return Manifest(
             schema=SCHEMA,
             name=self._options.name or folder.resolve().name,
@@ -215,8 +209,9 @@ class _Draft:
             family=f"huggingface/{config.get('model_type', 'unknown')}",
             config=config,
             parameters=Parameters(
-                total=self._trunk + scalars * sum(one.experts for one in modules),
-                active=self._trunk + scalars * sum(self._top_k),
+                total=self._trunk + sum(one.experts * one.scalars for one in modules),
+                active=self._trunk
+                + sum(k * one.scalars for k, one in zip(self._top_k, modules, strict=True)),
             ),
             files={},
             kinds=self._kinds,
@@ -252,7 +247,7 @@ class _Draft:
             )
             decode.append(
                 GraphStep(
-                    graph=_fused_graph(self._top_k[number]),
+                    graph=_fused_graph(self.layers[number]),
                     inputs={"x": node.x, "gates": node.gates},
                     outputs={"y": node.y},
                     experts=FusedExperts(layer=number, ids=node.ids, gates=node.gates),
@@ -271,37 +266,34 @@ def _segment_graph(number: int) -> str:
     return f"graphs/segment_{number:02d}.onnx"
 
 
-def _fused_graph(top_k: int) -> str:
-    return f"graphs/fused_{KIND}_{top_k}.onnx"
-
-
-def _fused(top_k: int, width: int, layout: ShardLayout) -> bytes:
-    b = GraphBuilder("fused")
-    x, gates = b.input("x", "f32", [1, width]), b.input("gates", "f32", [1, top_k])
-    b.output(fused_experts(b, x, gates, top_k, layout, swiglu), "y", "f32", [1, width])
-    return b.build()
+def _fused_graph(layer: Layer) -> str:
+    return f"graphs/fused_{layer.kind}_{layer.top_k}.onnx"
 
 
 def _shard_parts(
-    layout: ShardLayout, layers: list[list[ExpertRows]], checkpoint: Checkpoint, dtype: DType
+    kinds: ExpertKinds, layers: list[list[ExpertRows]], checkpoint: Checkpoint
 ) -> Iterator[ShardPart]:
     for layer, experts in enumerate(layers):
+        layout = kinds.blueprints[kinds.of[layer]].layout
+        types = {spec.name: spec.dtype for spec in layout.tensors}
         for expert, rows in enumerate(experts):
-            arrays = _ExpertArrays(rows, checkpoint, dtype)
             place = layer, expert
+            arrays = _ExpertArrays(rows, checkpoint, types)
             yield from ((place, part) for part in shard_parts(layout, *place, arrays))
 
 
 class _ExpertArrays(Mapping[str, np.ndarray[Any, Any]]):
-    """One expert's matrices as they are stored, each read when it is asked for."""
+    """One expert's tensors as they are stored, each read when it is asked for."""
 
-    def __init__(self, rows: ExpertRows, checkpoint: Checkpoint, dtype: DType) -> None:
-        self._rows = dict(zip(EXPERT_TENSORS, (rows.gate, rows.up, rows.down), strict=True))
+    def __init__(
+        self, rows: ExpertRows, checkpoint: Checkpoint, stored_as: Mapping[str, DType]
+    ) -> None:
+        self._rows = rows
         self._checkpoint = checkpoint
-        self._dtype = dtype
+        self._stored_as = stored_as
 
     def __getitem__(self, tensor: str) -> np.ndarray[Any, Any]:
-        return stored(self._checkpoint, self._rows[tensor], self._dtype)
+        return stored(self._checkpoint, self._rows[tensor], self._stored_as[tensor])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

@@ -1,31 +1,17 @@
-"""transformers' own model without its experts: loaded, traced to ONNX, and run as a reference.
-
-transformers (5.23) keeps a registry of ways to run experts; one registered here is a single
-opaque node of the exported graph, where `cut.py` cuts it. The reference runs transformers' eager
-code, with experts read from the checkpoint when they are indexed.
-"""
+"""transformers' own model without its experts: loaded, and traced to ONNX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from evermind_manifests import dtypes
 from evermind_manifests.errors import CheckpointError, MissingExtraError, UnsupportedError
-from evermind_manifests.manifest import DType
 
-from .checkpoint import Checkpoint, Rows
-from .experts import DOWN, GATE_UP, ExpertRows, ExpertsModule, is_experts
+from .experts import ExpertsModule, is_experts
+from .opaque import opaque_experts
 
-if TYPE_CHECKING:
-    import torch
-
-DOMAIN, OPERATOR = "evermind", "Experts"
-_CUT = "evermind_cut"
 # Lengths of the sample a trace is made with; both vary in the graph.
 _PAST, _TOKENS = 5, 3
 
@@ -131,13 +117,9 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
     import torch
     from transformers import DynamicCache
     from transformers.exporters import exporter_onnx
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(_CUT, _cut)
-    for layer, one in enumerate(modules):
-        model.get_submodule(one.path).evermind_layer = layer
     cache = DynamicCache(config=model.config)
-    with _experts_run_by(model, _CUT), torch.no_grad():
+    with opaque_experts(model, modules), torch.no_grad():
         try:
             # A run that fills a cache tells its shapes, whatever the attention is.
             model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
@@ -173,93 +155,3 @@ def _cache_tensors(layer: Any) -> int:
             hint="Sliding windows and recurrent states are not carried yet.",
         )
     return 2
-
-
-def _cut(self: Any, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    if not torch.compiler.is_exporting():
-        return torch.zeros_like(x)  # the run that fills the sample's cache: only shapes matter
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{OPERATOR}",
-        (x, ids, gates),
-        attrs={"layer": self.evermind_layer},
-        dtype=x.dtype,
-        shape=x.shape,
-        version=1,
-    )
-
-
-@contextmanager
-def _experts_run_by(model: Any, implementation: str) -> Iterator[None]:
-    before = model.get_experts_implementation()
-    model.set_experts_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
-class Reference:
-    """transformers' eager model over the trunk, experts as the package stores them."""
-
-    def __init__(
-        self,
-        model: Any,
-        modules: list[ExpertsModule],
-        layers: list[list[ExpertRows]],
-        checkpoint: Checkpoint,
-        dtype: DType,
-    ) -> None:
-        self._model = model
-        for module, experts in zip(modules, layers, strict=True):
-            one = model.get_submodule(module.path)
-            gate_up = [(rows.gate, rows.up) for rows in experts]
-            down = [(rows.down,) for rows in experts]
-            setattr(one, GATE_UP, _Stack(gate_up, checkpoint, dtype))
-            setattr(one, DOWN, _Stack(down, checkpoint, dtype))
-
-    def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """`(T, vocabulary)` for `tokens` `(T,)`."""
-        import torch
-
-        with _experts_run_by(self._model, "eager"), torch.no_grad():
-            result = self._model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
-        found: npt.NDArray[np.float32] = result.logits[0].float().numpy()
-        return found
-
-
-class _Stack:
-    """Stands in for a parameter `(experts, …)`: one expert is read when it is indexed."""
-
-    def __init__(
-        self, experts: Sequence[tuple[Rows, ...]], checkpoint: Checkpoint, dtype: DType
-    ) -> None:
-        self._experts = experts
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-
-    def __getitem__(self, expert: Any) -> torch.Tensor:
-        import torch
-
-        parts = [
-            as_float(stored(self._checkpoint, rows, self._dtype), self._dtype)
-            for rows in self._experts[int(expert)]
-        ]
-        return torch.from_numpy(np.concatenate(parts))
-
-
-def stored(checkpoint: Checkpoint, rows: Rows, dtype: DType) -> npt.NDArray[Any]:
-    """The rows in `dtype`: untouched if the checkpoint has them in it, else rounded to it."""
-    array, found = checkpoint.read(rows), checkpoint.dtype(rows.name)
-    if found == dtype:
-        return array
-    return dtypes.encode(as_float(array, found), dtype)
-
-
-def as_float(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
-    """Stored values as float32."""
-    result: npt.NDArray[np.float32] = dtypes.decode(
-        np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype, array.shape
-    )
-    return result

@@ -1,0 +1,92 @@
+"""transformers' eager model as a reference, with experts read when they are indexed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from evermind_manifests import dtypes
+from evermind_manifests.manifest import DType
+
+from .checkpoint import Checkpoint, Rows
+from .expert_map import ExpertRows
+from .experts import ExpertsModule, Parameter
+from .opaque import experts_run_by
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reference:
+    """transformers' eager model over the trunk, experts as the package stores them.
+
+    `stored_as` has for each layer what its shards' tensors are stored as.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        modules: list[ExpertsModule],
+        layers: list[list[ExpertRows]],
+        checkpoint: Checkpoint,
+        stored_as: list[dict[str, DType]],
+    ) -> None:
+        self._model = model
+        for module, experts, types in zip(modules, layers, stored_as, strict=True):
+            one = model.get_submodule(module.path)
+            for part in module.parameters:
+                setattr(one, part.name, _Stack(part, experts, checkpoint, types))
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """`(T, vocabulary)` for `tokens` `(T,)`."""
+        import torch
+
+        with experts_run_by(self._model, "eager"), torch.no_grad():
+            result = self._model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
+        found: npt.NDArray[np.float32] = result.logits[0].float().numpy()
+        return found
+
+
+class _Stack:
+    """Stands in for a parameter `(experts, …)`: one expert is read when it is indexed."""
+
+    def __init__(
+        self,
+        part: Parameter,
+        experts: list[ExpertRows],
+        checkpoint: Checkpoint,
+        stored_as: Mapping[str, DType],
+    ) -> None:
+        self._part = part
+        self._experts = experts
+        self._checkpoint = checkpoint
+        self._stored_as = stored_as
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        import torch
+
+        rows = self._experts[int(expert)]
+        parts = []
+        for tensor in self._part.tensors:
+            dtype = self._stored_as[tensor]
+            parts.append(as_float(stored(self._checkpoint, rows[tensor], dtype), dtype))
+        whole = torch.from_numpy(np.concatenate(parts))
+        return whole.T if self._part.transposed else whole
+
+
+def stored(checkpoint: Checkpoint, rows: Rows, dtype: DType) -> npt.NDArray[Any]:
+    """The rows in `dtype`: untouched if the checkpoint has them in it, else rounded to it."""
+    array, found = checkpoint.read(rows), checkpoint.dtype(rows.name)
+    if found == dtype:
+        return array
+    return dtypes.encode(as_float(array, found), dtype)
+
+
+def as_float(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:
+    """Stored values as float32."""
+    result: npt.NDArray[np.float32] = dtypes.decode(
+        np.ascontiguousarray(array).reshape(-1).view(np.uint8), dtype, array.shape
+    )
+    return result
