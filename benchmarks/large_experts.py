@@ -13,7 +13,7 @@ from typing import Any
 import evermind_runtime as em
 import numpy as np
 from evermind_manifests.package import open_package
-from evermind_runtime.devices import CpuDevice, Slot
+from evermind_runtime.devices import CpuSlot, Slot
 from evermind_runtime.machine import drop_pages, file_extents, measure_machine, shard_extents
 from evermind_runtime.shard_reader import IoMode
 from evermind_runtime.trace import read_trace
@@ -174,8 +174,7 @@ class _MappedPager:
         for expert in experts:
             view = self._files.use((layer, expert))
             if (layer, expert) not in self._slots:
-                slot = self._slots[layer, expert] = CpuDevice().new_slot(0)
-                slot.buffer = view
+                self._slots[layer, expert] = CpuSlot(view)
             slots.append(self._slots[layer, expert])
         return nullcontext(slots)
 

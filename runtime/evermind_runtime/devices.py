@@ -6,10 +6,8 @@ once over it, so that a page-in is one read and a binding is one call.
 
 from __future__ import annotations
 
-import mmap
-import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +17,7 @@ from evermind_manifests.errors import DeviceError
 from evermind_manifests.manifest import DType, Kind, TensorSpec
 
 from . import onnx_runtime
-from .layers import BLOCK, DIRECT_BYTES
+from .host_memory import HostMemory
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -36,7 +34,6 @@ _NUMPY: dict[DType, Any] = {
     "bool": np.bool_,
 }
 _ONNX_BFLOAT16 = 16
-_CACHE_LINE = 64
 
 
 class Slot(Protocol):
@@ -69,8 +66,8 @@ class Device(Protocol):
     name: str
     providers: list[Any]
 
-    def new_slot(self, size: int) -> Slot:
-        """Allocate a slot of `size` bytes."""
+    def slots(self, size: int, most: int) -> Callable[[], Slot]:
+        """Makes slots of `size` bytes, `most` of them at most, each allocated when asked for."""
 
 
 class CpuDevice:
@@ -80,9 +77,10 @@ class CpuDevice:
         self.name = "cpu"
         self.providers: list[Any] = ["CPUExecutionProvider"]
 
-    def new_slot(self, size: int) -> Slot:
+    def slots(self, size: int, most: int) -> Callable[[], Slot]:
         """Host memory, in pages of its own where it is read into directly."""
-        return CpuSlot(size)
+        memory = HostMemory(most * size)
+        return lambda: CpuSlot(memory.take(size))
 
 
 class CpuSlot:
@@ -90,10 +88,10 @@ class CpuSlot:
 
     __slots__ = ("_filling", "_values", "buffer", "bytes", "pins", "valid")
 
-    def __init__(self, size: int) -> None:
-        self.buffer = _host_memory(size)
+    def __init__(self, buffer: npt.NDArray[np.uint8]) -> None:
+        self.buffer = buffer
         self._filling = nullcontext(self.buffer.data)
-        self.bytes = size
+        self.bytes = len(buffer)
         self.pins = 0
         self.valid = False
         # By the kind's identity: hashing a kind's whole layout at every step would cost more
@@ -135,9 +133,9 @@ class CudaDevice:
         self.providers: list[Any] = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
         self._staging = _Staging()
 
-    def new_slot(self, size: int) -> Slot:
+    def slots(self, size: int, most: int) -> Callable[[], Slot]:
         """Device memory, filled through the staging buffers that all slots share."""
-        return _CudaSlot(size, self._staging, self._index)
+        return lambda: _CudaSlot(size, self._staging, self._index)
 
 
 class _Staging:
@@ -153,7 +151,7 @@ class _Staging:
         with self._lock:
             staged = self._idle.pop() if self._idle else None
         if staged is None:
-            buffer = _host_memory(size)
+            buffer = HostMemory(size).take(size)
             staged = buffer, host_value(buffer, "u8")
         try:
             yield staged
@@ -198,24 +196,6 @@ def open_device(name: str) -> CpuDevice | CudaDevice:
     if kind == "cuda" and (not index or (index.isascii() and index.isdecimal())):
         return CudaDevice(int(index or 0))
     raise DeviceError(f"device: expected 'cpu', 'cuda' or 'cuda:N', found {name!r}")
-
-
-def _host_memory(size: int) -> npt.NDArray[np.uint8]:
-    if size >= DIRECT_BYTES:
-        # Whole pages that belong to nobody else: what direct reads need, and what is counted.
-        # The block after them is never touched, so it takes no memory: kernels that load whole
-        # vectors may look a little past the last tensor, and would fault without it.
-        return np.frombuffer(_private_pages(size + BLOCK), dtype=np.uint8, count=size)
-    raw = np.empty(size + _CACHE_LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _CACHE_LINE
-    return raw[start : start + size]
-
-
-def _private_pages(size: int) -> mmap.mmap:
-    """Anonymous memory that a forked process gets its own copy of."""
-    if sys.platform == "win32":
-        return mmap.mmap(-1, size)
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def host_value(array: npt.NDArray[Any], dtype: DType) -> ort.OrtValue:

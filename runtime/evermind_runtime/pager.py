@@ -109,7 +109,8 @@ class Pager:
         self._readers = Readers() if reads_in_threads(self._size) else None
         # A plain lock: no signal is handled between taking it and the `with` it belongs to.
         self._lock = threading.Lock()
-        self._table: SlotTable[Job] = SlotTable(device, self._size, budget, policy)
+        count = sum(self._experts.values())
+        self._table: SlotTable[Job] = SlotTable(device, self._size, budget, count, policy)
         # Jobs nobody has begun: what steps wait for, and what is read ahead.
         self._urgent: deque[Job] = deque()
         self._later: deque[Job] = deque()
@@ -122,7 +123,7 @@ class Pager:
         # experts resident there is nothing to guess.
         self._guessed: dict[int, dict[ExpertKey, Job]] = {}
         self._records: dict[int, GuessRecord] = {}
-        all_fit = self._table.most >= sum(self._experts.values())
+        all_fit = self._table.most >= count
         if guess == "auto" and self._readers and not all_fit:
             self._records = {layer: GuessRecord() for layer in self._experts}
         # Held locks of callers that wait for room.

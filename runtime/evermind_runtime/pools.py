@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from evermind_manifests import dtypes
 from evermind_manifests.manifest import Layer, Manifest, Pool, TensorSpec
 
 from .devices import CpuSlot, host_value
+from .host_memory import HostMemory
 from .pager import Pager
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 def pool_bytes(manifest: Manifest) -> int:
     """What the pools of a package's pooled programs take in memory; 0 if it has none."""
-    return sum(4 * int(np.prod(shape)) for shape in _shapes(manifest).values())
+    return sum(map(_bytes, _shapes(manifest).values()))
 
 
 class Pools:
@@ -28,8 +30,11 @@ class Pools:
 
     def __init__(self, manifest: Manifest, pager: Pager) -> None:
         """Read all experts through `pager`, one at a time. Raises what `Pager.stream` does."""
+        shapes = _shapes(manifest)
+        memory = HostMemory(sum(map(_bytes, shapes.values())))
         self._arrays: dict[tuple[int, str], npt.NDArray[np.float32]] = {
-            key: np.empty(shape, dtype=np.float32) for key, shape in _shapes(manifest).items()
+            key: memory.take(_bytes(shape)).view(np.float32).reshape(shape)
+            for key, shape in shapes.items()
         }
         self.bytes = sum(array.nbytes for array in self._arrays.values())
         for layer in manifest.layers:
@@ -55,6 +60,10 @@ class Pools:
                     self._arrays[layer.layer, spec.name][expert] = dtypes.decode(
                         stored, spec.dtype, spec.shape
                     )
+
+
+def _bytes(shape: tuple[int, ...]) -> int:
+    return 4 * math.prod(shape)
 
 
 def _shapes(manifest: Manifest) -> Mapping[tuple[int, str], tuple[int, ...]]:

@@ -11,6 +11,7 @@ from evermind_manifests.package import Package, check_digest
 from evermind_manifests.safetensors_header import read_header
 
 from .devices import host_value, numpy_dtype
+from .host_memory import HostMemory
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -26,7 +27,7 @@ class Resident:
         if self.path is None:
             return
         entry = package.manifest.files[self.path]
-        self.buffer = np.empty(entry.bytes, dtype=np.uint8)
+        self.buffer = HostMemory(entry.bytes).take(entry.bytes)
         package.store.read_into(self.path, 0, self.buffer.data)
         field = f"files[{self.path!r}]"
         check_digest(

@@ -33,16 +33,19 @@ class SlotTable(Generic[_Job]):
     that Ctrl-C cannot come between; `recover` puts the rest in order after it.
     """
 
-    def __init__(self, device: Device, size: int, budget: int, policy: Policy) -> None:
+    def __init__(
+        self, device: Device, size: int, budget: int, experts: int, policy: Policy
+    ) -> None:
+        """Slots of `size` bytes, for a package of so many `experts`."""
         self.counters = SlotCounters()
         self.resident: dict[ExpertKey, Slot] = {}
         self.loading: dict[ExpertKey, _Job] = {}
         #: Slots that are pinned, by steps or by jobs.
         self.pinned = 0
-        self._device = device
         self._size = size
         #: How many there may be.
-        self.most = budget // size if size else 0
+        self.most = min(budget // size, experts) if size else 0
+        self._new_slot = device.slots(size, self.most)
         self._policy = policy
         #: Every slot there is, wherever it is.
         self.all: list[Slot] = []
@@ -86,7 +89,7 @@ class SlotTable(Generic[_Job]):
         if self._free:
             return self._free.pop()
         if len(self.all) < self.most:
-            slot = self._device.new_slot(self._size)
+            slot = self._new_slot()
             self.all.append(slot)
             self._count()
             return slot

@@ -274,12 +274,15 @@ def test_the_budget_holds_when_experts_differ_in_size(
     class Counted(devices.CpuSlot):
         pass  # no __slots__, so that it can be referred to weakly
 
-    def new_slot(self: devices.CpuDevice, size: int) -> Any:
-        slot = Counted(size)
-        alive.add(slot)
-        return slot
+    def slots(self: devices.CpuDevice, size: int, most: int) -> Any:
+        def new() -> Any:
+            slot = Counted(np.zeros(size, dtype=np.uint8))
+            alive.add(slot)
+            return slot
 
-    monkeypatch.setattr(devices.CpuDevice, "new_slot", new_slot)
+        return new
+
+    monkeypatch.setattr(devices.CpuDevice, "slots", slots)
     manifest = em.load(uneven).manifest
     slot = max(kind.bytes for kind in manifest.kinds.values())
     with pytest.raises(BudgetError, match=str(2 * slot)):
