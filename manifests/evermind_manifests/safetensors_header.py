@@ -49,6 +49,10 @@ class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[Bytes, Bytes]
 
 
+# Before threads meet it: see shard.py.
+_KNOWN = msgspec.json.Decoder(dict[Name, _Entry])
+
+
 def header_bytes(prefix: bytes | memoryview, size: int, where: str) -> int:
     """How many bytes of a file of `size` bytes `read_header` needs, from its first 8.
 

@@ -314,6 +314,11 @@ class _RawHeader(Struct, frozen=True, forbid_unknown_fields=True):
     extra: dict[str, Any] = {}
 
 
+# msgspec looks into a type when it first converts to it. Two threads that did so at once have
+# crashed the process, so it is done here, as for all types that threads may meet first.
+_KNOWN = msgspec.json.Decoder(_RawHeader)
+
+
 def _place(
     tensors: Sequence[tuple[str, DType, tuple[int, ...]]], data_offset: int
 ) -> tuple[TensorSpec, ...]:

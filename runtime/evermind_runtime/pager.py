@@ -35,6 +35,8 @@ from .readers import Readers
 from .shard_reader import IoMode, ReadAbandonedError, ShardReader, Verify
 from .slots import SlotTable
 
+# After so many reads that the page cache had, guesses would only cost time.
+_CACHED_READS = 8
 # How often one who waits for room looks for pins that Ctrl-C has left.
 _RECLAIM_SECONDS = 1.0
 
@@ -107,6 +109,8 @@ class Pager:
         self._experts = {layer.layer: layer.experts for layer in package.manifest.layers}
         self._size = slot_bytes(package.manifest)
         self._readers = Readers() if reads_in_threads(self._size) else None
+        # How many of the latest reads that steps waited for the page cache had.
+        self._cached = 0
         # A plain lock: no signal is handled between taking it and the `with` it belongs to.
         self._lock = threading.Lock()
         count = sum(self._experts.values())
@@ -156,7 +160,7 @@ class Pager:
     def guesses(self, layer: int) -> bool:
         """Whether guesses for `layer` are of use."""
         record = self._records.get(layer)
-        return record is not None and record.on
+        return record is not None and record.on and self._cached < _CACHED_READS
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Pins:
         """The slots of these experts of one layer, pinned while its `with` runs.
@@ -308,8 +312,7 @@ class Pager:
             with self._lock:
                 if self._closed:
                     raise self._closed_error()
-                self._reclaim()
-                if fits := self._table.fits(keys):
+                if fits := self._table.fits(keys) or (self._reclaim() and self._table.fits(keys)):
                     jobs = self._start(keys, pinned, mine)
                 else:
                     self._cancel()
@@ -356,10 +359,6 @@ class Pager:
                     table.pin(slot, pinned)
         if mine:
             mine[0].claimed = True
-        if self._readers:
-            for job in mine[1:]:
-                self._urgent.append(job)
-                self._readers.wake(self._work)
         return jobs
 
     def _begin(
@@ -380,10 +379,10 @@ class Pager:
         Raises what went wrong with a job of one's own: others' are worth another try.
         """
         if mine and not mine[0].done:
-            self._perform(mine[0])
-        for job in jobs:
+            self._perform(mine[0], mine[1:])
+        for at, job in enumerate(jobs):
             if not job.claimed and self._claim(job):
-                self._perform(job)
+                self._perform(job, jobs[at + 1 :])
         for job in jobs:
             if not job.done:
                 self._await(job)
@@ -430,13 +429,18 @@ class Pager:
                     return job
         return None
 
-    def _perform(self, job: Job) -> None:
-        """Read; whatever happens, the job is done afterwards."""
+    def _perform(self, job: Job, others: Sequence[Job] = ()) -> None:
+        """Read; whatever happens, the job is done afterwards.
+
+        If it has to wait for a disk or a network, the readers begin with `others`.
+        """
         started = time.perf_counter()
         error: BaseException | None = None
         try:
             proceed = (lambda: self._proceeds(job)) if job.guess and not job.wanted else None
-            self.reader.fill(job.keys, job.slots, job.read, proceed)
+            waits = (lambda: self._call_readers(others)) if self._readers else None
+            self.reader.fill(job.keys, job.slots, job.read, proceed, waits)
+            self._cached += job.wanted
         except BaseException as caught:
             error = caught
             raise
@@ -444,6 +448,16 @@ class Pager:
             with self._lock:
                 self.counters.read_seconds += time.perf_counter() - started
                 self._settle(job, error)
+
+    def _call_readers(self, jobs: Sequence[Job]) -> None:
+        """Have the readers do what nobody has begun."""
+        assert self._readers
+        with self._lock:
+            self._cached = 0
+            waiting = [job for job in jobs if not job.claimed]
+            self._urgent += waiting
+        for _ in waiting:
+            self._readers.wake(self._work)
 
     def _proceeds(self, job: Job) -> bool:
         """Whether a guess should be read on: not while a step waits for other reads."""
@@ -509,12 +523,12 @@ class Pager:
                 open_gates(self._waiting)
             self._entered.pop(id(pinned), None)
 
-    def _reclaim(self) -> None:
-        """Undo the pins of those who were interrupted before they could."""
-        for at, (pins, pinned) in list(self._entered.items()):
-            if pins() is None:
-                self._table.unpin(pinned)
-                del self._entered[at]
+    def _reclaim(self) -> bool:
+        """Undo the pins of those who were interrupted before they could; whether there were."""
+        left = [at for at, (pins, _) in self._entered.items() if pins() is None]
+        for at in left:
+            self._table.unpin(self._entered.pop(at)[1])
+        return bool(left)
 
     def _recover(self) -> None:
         """After an exception, which may be Ctrl-C at any place: end this thread's jobs.

@@ -54,6 +54,9 @@ class _Parity(msgspec.Struct, frozen=True):
     cases: tuple[_Case, ...]
 
 
+_PARITY = msgspec.json.Decoder(_Parity)
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """What parity cases gave: their problems, and the largest error among floats.
@@ -144,7 +147,7 @@ def _results(package: Package, path: str) -> Iterator[tuple[str, float, str | No
 def _read_cases(data: bytes, path: str) -> list[tuple[dict[str, Array], dict[str, Array], float]]:
     """(inputs, outputs, tolerance) of every case. Raises `ManifestError`."""
     try:
-        parity = msgspec.json.decode(data, type=_Parity)
+        parity = _PARITY.decode(data)
         _check_cases(parity.cases)
         return [
             (

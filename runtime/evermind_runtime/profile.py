@@ -52,6 +52,9 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True):
         return sorted(shares, key=lambda key: (-shares[key], key))
 
 
+_PROFILE = msgspec.json.Decoder(Profile)
+
+
 def profile_of(trace: Trace) -> Profile:
     """The heat a trace shows."""
     uses: dict[int, Counter[int]] = {layer.layer: Counter() for layer in trace.layers}
@@ -81,7 +84,7 @@ def parse_profile(data: bytes, layers: Sequence[ExpertLayer], where: str) -> Pro
     layers and experts other than the model's.
     """
     try:
-        profile = msgspec.json.decode(data, type=Profile)
+        profile = _PROFILE.decode(data)
         # msgspec keeps the last of two equal keys: another reader may keep the first.
         json.loads(data, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ _CACHED_SHARE = 0.4
 _MOST_OPEN_FILES = 64
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 # What file systems say that have no direct reads, and stores that have no such file.
-_REFUSED = (errno.EINVAL, errno.ENOTSUP)
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _GAP = memoryview(bytearray(BLOCK))
 
 
@@ -74,10 +74,12 @@ class ShardReader:
         self._neighbours = self._files.supported and len({s.file for s in shards}) < len(shards)
         self.mode: Literal["direct", "buffered"] = "buffered"
         self.note = "asked for"
+        # Whether a read that would block can be refused instead; a file system may say no.
+        self._nowait = self._files.supported and hasattr(os, "RWF_NOWAIT")
         if io != "buffered":
             self.note = self._why_buffered(budget) or ""
             if not self.note:
-                self.mode = "direct"
+                self.mode, self._nowait = "direct", False
             elif self._forced:
                 raise InputError(
                     f"io: direct reads of {package.location} cannot be had: {self.note}",
@@ -90,22 +92,31 @@ class ShardReader:
         slots: Sequence[Slot],
         read: list[int],
         proceed: Proceed | None = None,
+        waits: Callable[[], None] | None = None,
     ) -> None:
         """Fill `slots` with these experts.
 
         `read` tells, for each, how many bytes have been read. `proceed` is asked between the
-        pieces of a long read: once it says no, `ReadAbandonedError` is raised. Otherwise raises
-        `ShardDigestError` or `ShardError` where a shard is not what the manifest says, or what
-        the store raises.
+        pieces of a long read: once it says no, `ReadAbandonedError` is raised. `waits` is
+        called before what takes long: a digest, or a read that the page cache cannot serve.
+        Otherwise raises `ShardDigestError` or `ShardError` where a shard is not what the
+        manifest says, or what the store raises.
         """
         shards = [self._package.shard(*key) for key in keys]
         if len(keys) > 1 and self._neighbours and self.mode == "buffered":
             self._fill_together(shards, slots, read)
             return
         for at, slot in enumerate(slots):
+            unknown = self._verify == "always" or keys[at] not in self._verified
             with slot.filling() as room:
-                self._read(shards[at], room, read, at, proceed)
-                if self._verify == "always" or keys[at] not in self._verified:
+                cached = 0
+                if waits is not None:
+                    if not unknown and self._nowait:
+                        cached = self._read_cached(shards[at], room)
+                    if cached < shards[at].bytes:
+                        waits()
+                self._read(shards[at], room, read, at, proceed, cached)
+                if unknown:
                     self._check(shards[at], room, read, at)
 
     def close(self) -> None:
@@ -145,10 +156,13 @@ class ShardReader:
         read: list[int],
         at: int,
         proceed: Proceed | None = None,
+        cached: int = 0,
     ) -> None:
-        """Read one shard, counting what came in `read[at]`."""
+        """Read one shard but for what is there, counting what came in `read[at]`."""
         if proceed is None and self.mode == "buffered":
-            self._package.store.read_into(shard.file, shard.offset, room[: shard.bytes])
+            if cached < shard.bytes:
+                rest = room[cached : shard.bytes]
+                self._package.store.read_into(shard.file, shard.offset + cached, rest)
             read[at] += shard.bytes
             return
         direct = self.mode == "direct"
@@ -161,6 +175,20 @@ class ShardReader:
                 direct = False
                 self._package.store.read_into(shard.file, shard.offset + begin, room[begin:end])
             read[at] += end - begin
+
+    def _read_cached(self, shard: Shard, room: memoryview) -> int:
+        """How many of its bytes the page cache had, from the first on."""
+        try:
+            with self._files.use(shard.file, 0) as (fd, begin, length):
+                _check_length(shard, length)
+                return os.preadv(fd, [room[: shard.bytes]], begin + shard.offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise IntegrityError(f"{shard.file}: {error.strerror}") from error
+        self._nowait = False
+        return 0
 
     def _read_direct(self, shard: Shard, room: memoryview, begin: int, end: int) -> bool:
         """Whether it could be read so; if not, `mode` is buffered from now on."""

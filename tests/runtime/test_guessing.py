@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,13 @@ CONFIG = {
     "topK": 2,
 }
 TOKENS = {"tokens": list(range(30))}
-load = partial(em.load, plan="paged")
+
+
+def load(package: Path, **options: Any) -> em.Model:
+    """A model for which every read takes long, so that there is something to gain."""
+    model = em.load(package, plan="paged", **options)
+    model._pager.reader._nowait = False
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,24 @@ def test_what_is_no_expert_is_passed_over(package: Path) -> None:
         model._pager.guess(1, [-1, 6, 2**40, 3, 3])
         settled(model)
         assert model._pager.slots.resident.keys() == {(1, 3)}
+
+
+def test_nothing_is_guessed_while_the_page_cache_has_what_is_missing(package: Path) -> None:
+    with em.load(package, plan="paged", budget="50%") as model:
+        for _ in range(3):
+            model.forward(TOKENS, steps="decode")
+        settled(model)
+        assert not model._pager.guesses(1)
+        guessed = model.stats().prefetches
+        model.forward(TOKENS, steps="decode")
+        assert model.stats().prefetches == guessed
+        # One read that the disk has to serve, and they are of use again.
+        model._pager.reader._nowait = False
+        with model._pager.acquire(1, [0, 1]), model._pager.acquire(1, [2, 3]):
+            pass
+        with model._pager.acquire(1, [4, 5]):
+            pass
+        assert model._pager.guesses(1)
 
 
 @given(outcomes=st.lists(st.booleans(), max_size=5 * WINDOW))

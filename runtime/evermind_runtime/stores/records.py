@@ -21,6 +21,9 @@ class PackageRecord(Struct, frozen=True):
     digest: Sha256
 
 
+_RECORD = msgspec.json.Decoder(PackageRecord)
+
+
 class Records:
     """The folder `packages` of a cache."""
 
@@ -67,6 +70,6 @@ class Records:
 
 def _read(path: Path) -> PackageRecord | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=PackageRecord)
+        return _RECORD.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError):
         return None

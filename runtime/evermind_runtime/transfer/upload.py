@@ -44,6 +44,9 @@ class _Sent(Struct, frozen=True):
     tag: str | None
 
 
+_SENT = msgspec.json.Decoder(_Sent)
+
+
 class UploadTarget(Target):
     """A package folder on a server; files overwrite what is there, the manifest last."""
 
@@ -150,7 +153,7 @@ class UploadTarget(Target):
         found: dict[str, _Sent] = {}
         for line in _lines(self._journal):
             try:
-                sent = msgspec.json.decode(line, type=_Sent)
+                sent = _SENT.decode(line)
             except msgspec.DecodeError:
                 continue
             found[sent.path] = sent
