@@ -60,6 +60,23 @@ def test_logits_agree_in_both_programs_and_across_a_chunk(
     assert error(prefilled[:40], decoded) <= 1e-5
 
 
+def test_a_saved_state_is_a_place_to_go_on_from(
+    imported: Callable[[str], Imported], model_type: str
+) -> None:
+    made = imported(model_type)
+    tokens = np.random.default_rng(6).integers(0, 96, 24).tolist()
+    expected = logits_of(made.model, tokens)[12:]
+    with evermind_runtime.load(made.package) as model:
+        state = model.new_state()
+        model.forward({"tokens": tokens[:12]}, state=state)
+        saved = state.save()
+        prefilled = model.forward({"tokens": tokens[12:]}, state=state)["logits"]
+        state.restore(saved)
+        decoded = model.forward({"tokens": tokens[12:]}, state=state, steps="decode")["logits"]
+    assert error(expected, prefilled) <= TOLERANCE
+    assert error(expected, decoded) <= TOLERANCE
+
+
 @pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 def test_a_quarter_of_the_experts_in_memory_gives_the_same_bits(
     imported: Callable[[str], Imported], model_type: str

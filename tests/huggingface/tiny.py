@@ -41,6 +41,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "layer_types": ["full_attention"] * 2,
     },
+    # States of fixed shape beside caches that grow, and a recurrence.
+    "jamba": {
+        "intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
 }
 
 _DEEPSEEK = {
@@ -106,6 +118,29 @@ CARRIED: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "head_dim": 8,
     },
+    "lfm2_moe": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+    "qwen3_next": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 #: What is refused, and what the reason says.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,21 +148,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "caches that grow",
         {**ARCHITECTURES["gpt_oss"], "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "qwen3_next": (
-        "caches that grow",
-        {**ARCHITECTURES["qwen3_moe"], "num_hidden_layers": 4},
-    ),
-    "lfm2_moe": (
-        "caches that grow",
-        {
-            "intermediate_size": 48,
-            "moe_intermediate_size": 24,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "layer_types": ["conv", "full_attention"],
-            "num_dense_layers": 0,
-        },
     ),
     # A window: what is older leaves the cache, which a state cannot do yet.
     "mixtral": ("caches that grow", {**_MIXTRAL, "sliding_window": 8}),
@@ -155,9 +175,11 @@ def make(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif name.endswith("A_log"):  # slow decays, so that states outlive a few tokens
+                parameter.normal_(mean=-2.0, std=0.1)
             else:
                 parameter.normal_(mean=1.0, std=0.1)
     model = model.to(getattr(torch, dtype))

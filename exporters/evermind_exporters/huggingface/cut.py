@@ -7,7 +7,7 @@ its shape may vary with the state's length, which a value between two steps may 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,9 +99,7 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
     inputs = {one.name: tuple(one.shape) for one in graph.inputs}
     outputs = [one.name for one in graph.outputs]
     nodes = [onnx_ir.to_proto(node) for node in graph]
-    for node in nodes:
-        del node.metadata_props[:]
-        node.doc_string = ""
+    _strip(nodes)
     pairs, states = plan_states(inputs, outputs, limit)
     shaped = with_plan_values(nodes, pairs, constants, states)
     opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
@@ -110,7 +108,7 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
     cut = Cut(segments, experts, {}, states, constants, opsets, int(program.ir_version))
     cut.values[TOKENS] = Value(7, ("T",))
     for name, spec in states.items():
-        cut.values[name] = Value(1, ("C", *spec.fixed))
+        cut.values[name] = Value(1, spec.shape)
     known = _known_dims(graph, inputs["input_ids"][1])
     for number, segment in enumerate(segments):
         cut.values |= _output_types(cut, segment, known)
@@ -158,7 +156,7 @@ def _split(
                 demand(name)
             elif id(producer[name]) not in kept:
                 kept.add(id(producer[name]))
-                pending += [one for one in producer[name].input if one]
+                pending += _taken(producer[name])
         segments[stage] = Segment(
             nodes=[node for node in nodes if id(node) in kept],
             inputs=tuple(sorted(inputs)),
@@ -178,10 +176,8 @@ def _stages(
     stages: dict[str, int | None] = {TOKENS: 0}
     experts: list[ExpertsNode] = []
     for node in nodes:
-        if any(one.HasField("g") or one.graphs for one in node.attribute):
-            raise UnsupportedError(f"the exported graph has a subgraph ({node.op_type})")
         counts = node.op_type == "Shape" and node.input[0] == TOKENS
-        late = [] if counts else [stages.get(name) for name in node.input]
+        late = [] if counts else [stages.get(name) for name in _taken(node)]
         stage = max((one for one in late if one is not None), default=None)
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
             x, ids, gates = node.input
@@ -192,6 +188,35 @@ def _stages(
         for name in node.output:
             stages[name] = stage
     return stages, experts
+
+
+def _taken(node: onnx.NodeProto) -> list[str]:
+    """What a node takes, by name: its inputs, and what its subgraphs take from around them."""
+    taken = [name for name in node.input if name]
+    for graph in _subgraphs(node):
+        own = {one.name for one in (*graph.input, *graph.initializer)}
+        for inner in graph.node:
+            taken += [name for name in _taken(inner) if name not in own]
+            own |= set(inner.output)
+        taken += [one.name for one in graph.output if one.name not in own]
+    return taken
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    graphs: list[onnx.GraphProto] = []
+    for one in node.attribute:
+        graphs += [one.g] if one.HasField("g") else one.graphs
+    return graphs
+
+
+def _strip(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Take off what only says where nodes come from."""
+    for node in nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for graph in _subgraphs(node):
+            del graph.metadata_props[:]
+            _strip(graph.node)
 
 
 def _known_dims(graph: Any, tokens: Any) -> dict[str, tuple[int | str | None, ...]]:
@@ -238,7 +263,7 @@ def _output_types(
         found[one.name] = Value(_ORT_TYPES[one.type], dims)
     for name, spec in cut.states.items():
         if state_out(name) in found:
-            found[state_out(name)] = Value(1, ("T", *spec.fixed))
+            found[state_out(name)] = Value(1, ("T", *spec.fixed) if spec.grows else spec.shape)
     return found
 
 

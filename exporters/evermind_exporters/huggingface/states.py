@@ -29,7 +29,8 @@ def plan_states(
 ) -> tuple[dict[str, tuple[str, str]], dict[str, StateSpec]]:
     """State → (graph input, graph output), and what the plan says of each.
 
-    A cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`.
+    A cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`, and one of fixed
+    shape `(1, …)` a state `(…)` that begins with zeros.
     """
     import msgspec
 
@@ -46,24 +47,26 @@ def plan_states(
     pairs, states = {}, {}
     for number, (before, after) in enumerate(zip(past, present, strict=True)):
         shape = inputs[before]
-        fits = len(shape) == 4 and [isinstance(dim, int) for dim in shape] == [
-            True,
-            True,
-            False,
-            True,
-        ]
+        known_dims = [isinstance(dim, int) for dim in shape]
+        grows = known_dims == [True, True, False, True]
+        fits = len(shape) > 1 and shape[0] == 1 and (grows or all(known_dims))
         if before.replace("input.", "", 1) != after.replace("output.", "", 1) or not fits:
             raise UnsupportedError(
-                f"state {before}: expected a cache that grows along its third dimension, found "
-                f"{[str(dim) for dim in shape]} and {after}"
+                f"state {before}: expected a cache that grows along its third dimension, or of "
+                f"fixed shape, found {[str(dim) for dim in shape]} and {after}"
             )
         name = f"cache.{number}"
         pairs[name] = before, after
-        states[name] = StateSpec(
-            dtype="f32",
-            shape=("C", int(shape[1]), int(shape[3])),
-            limit=limit if limit else msgspec.UNSET,
-        )
+        if grows:
+            states[name] = StateSpec(
+                dtype="f32",
+                shape=("C", int(shape[1]), int(shape[3])),
+                limit=limit if limit else msgspec.UNSET,
+            )
+        else:
+            states[name] = StateSpec(dtype="f32", shape=tuple(map(int, shape[1:])))
+    if not any(spec.grows for spec in states.values()):
+        raise UnsupportedError("the exported graph has no cache that grows with every token")
     return pairs, states
 
 
@@ -83,7 +86,7 @@ def with_plan_values(
 
     for value, name in ((0, "plan_zero"), (1, "plan_one")):
         constants[name] = np.array(value, dtype=np.int64)
-    first = next(iter(states))
+    first = next(name for name, spec in states.items() if spec.grows)
     before = [
         helper.make_node("Unsqueeze", [TOKENS, ints(0)], ["input_ids"]),
         helper.make_node("Shape", [TOKENS], ["plan_count"], start=0, end=1),
@@ -96,9 +99,13 @@ def with_plan_values(
     ]
     after = [helper.make_node("Squeeze", ["plan_logits", ints(0)], [LOGITS])]
     renamed = {LOGITS: "plan_logits"}
-    # All states are equally long: no segment needs another's to know how long.
+    # All that grow are equally long: no segment needs another's to know how long.
     lengths = {("input_ids", 1): "plan_count"}
     for name, (past, present) in pairs.items():
+        if not states[name].grows:
+            before.append(helper.make_node("Unsqueeze", [name, ints(0)], [past]))
+            after.append(helper.make_node("Squeeze", [present, ints(0)], [state_out(name)]))
+            continue
         before += [
             helper.make_node("Transpose", [name], [f"{name}.heads"], perm=[1, 0, 2]),
             helper.make_node("Unsqueeze", [f"{name}.heads", ints(0)], [past]),

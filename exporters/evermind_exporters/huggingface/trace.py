@@ -11,6 +11,7 @@ from evermind_manifests.errors import CheckpointError, MissingExtraError, Unsupp
 
 from .experts import ExpertsModule, is_experts
 from .opaque import opaque_experts
+from .recurrent import RECURRENT_CACHES, scanned_recurrences
 
 # Lengths of the sample a trace is made with; both vary in the graph.
 _PAST, _TOKENS = 5, 3
@@ -123,7 +124,7 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
         try:
             # A run that fills a cache tells its shapes, whatever the attention is.
             model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
-            tensors = sum(_cache_tensors(layer) for layer in cache.layers)
+            varying = [axis for layer in cache.layers for axis in _cache_axes(layer)]
             vary = torch.export.Dim.AUTO
             inputs = {
                 "input_ids": torch.arange(_TOKENS)[None] % 7,
@@ -133,11 +134,12 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
             shapes = {
                 "input_ids": {1: vary},
                 "position_ids": {1: vary},
-                "past_key_values": [{2: vary} for _ in range(tensors)],
+                "past_key_values": [{} if axis is None else {axis: vary} for axis in varying],
             }
             onnx: Any = exporter_onnx
             config = onnx.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
-            return onnx.OnnxExporter().export(model, inputs, config=config).program
+            with scanned_recurrences(model):
+                return onnx.OnnxExporter().export(model, inputs, config=config).program
         except UnsupportedError:
             raise
         except Exception as error:
@@ -148,10 +150,17 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
             ) from error
 
 
-def _cache_tensors(layer: Any) -> int:
-    if type(layer).__name__ != "DynamicLayer":
+def _cache_axes(layer: Any) -> list[int | None]:
+    """For each tensor of a layer's cache the axis along which it grows."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    kind = type(layer).__name__
+    if kind not in ("DynamicLayer", *RECURRENT_CACHES):
         raise UnsupportedError(
-            f"state: expected caches that grow with every token, found {type(layer).__name__}",
-            hint="Sliding windows and recurrent states are not carried yet.",
+            f"state: expected caches that grow with every token, or of fixed shape, found {kind}",
+            hint="Sliding windows are not carried yet.",
         )
-    return 2
+    grow = [getattr(layer, name, None) for name in ("keys", "values")]
+    tensors = [one for one in tree_leaves(list(vars(layer).values())) if torch.is_tensor(one)]
+    return [2 if any(one is other for other in grow) else None for one in tensors]
