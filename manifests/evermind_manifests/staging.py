@@ -12,11 +12,12 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ExportError
+from .journal import JOURNAL_NAME, sync
 from .manifest import MANIFEST_NAME
 
 _AT_FDCWD = -100
@@ -27,8 +28,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 class Staging:
     """The scratch folder of one export; `written` counts the bytes that `disk` announced.
 
-    `claim` first; then either `publish` or `discard`. The destination is touched by
-    `publish` only, and an existing one stays whole until its successor is.
+    `claim` first; then `publish`, `discard` or `leave`. The destination is touched by
+    `publish` only, and an existing one stays whole until its successor is. `failed` tells that
+    a step on the disk did.
     """
 
     def __init__(self, destination: Path, *, overwrite: bool) -> None:
@@ -38,13 +40,14 @@ class Staging:
             raise ExportError(f"{destination}: names no file or folder to write")
         self.folder = self._beside("partial")
         self.written = 0
+        self.failed = False
         self._overwrite = overwrite
         self._lock = -1
         self._scratch: Path | None = None
         self._made: list[Path] = []
 
     def claim(self) -> None:
-        """Make the scratch folder; clear it if a dead export left it.
+        """Make the scratch folder, or take the one that a dead export left, as it is.
 
         Raises `ExportError` if the destination exists and may not be replaced, or if
         another export to it is running.
@@ -55,16 +58,39 @@ class Staging:
                 self._take_lock()
                 self._recover()
                 self._check_destination()
-                for entry in self.folder.iterdir():
-                    _remove(entry)
         except BaseException:
-            self.discard()
+            if self._scratch is not None and any(self._scratch.iterdir()):
+                self.leave()
+            else:
+                self.discard()
             raise
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove what is in the scratch folder but the files `keep`, by path."""
+        with self.disk(0):
+            for place, _, files in os.walk(self.folder, topdown=False):
+                for name in files:
+                    path = Path(place, name)
+                    if path.relative_to(self.folder).as_posix() not in keep:
+                        path.unlink()
+                for entry in Path(place).iterdir():
+                    if entry.is_symlink():
+                        entry.unlink()
+                    elif entry.is_dir():
+                        with suppress(OSError):  # it holds what is kept
+                            entry.rmdir()
+
+    def leave(self) -> None:
+        """Let go of the scratch folder, and leave it for another to claim."""
+        self._made.clear()
+        self._scratch = None
+        self.discard()
 
     def publish(self, content: Path) -> None:
         """Make `content`, the scratch folder or a file in it, the destination; durably."""
         with self.disk(0):
             _sync_tree(self.folder)
+            (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
             if content != self.folder:
                 content.replace(self.destination)
             elif self.destination.exists():
@@ -72,7 +98,7 @@ class Staging:
             else:
                 self.folder.rename(self.destination)
                 self._scratch = None
-            _sync(self.destination.parent)
+            sync(self.destination.parent)
         self._made.clear()
         self.discard()
 
@@ -113,6 +139,7 @@ class Staging:
         try:
             yield
         except OSError as error:
+            self.failed = True
             if error.errno not in _FULL:
                 raise ExportError(
                     f"{self.destination}: cannot be written: {error.strerror or error}"
@@ -225,16 +252,8 @@ def _remove(path: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync(Path(place, name))
-        _sync(Path(place))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            sync(Path(place, name))
+        sync(Path(place))
 
 
 def _exchange(one: Path, other: Path) -> bool:

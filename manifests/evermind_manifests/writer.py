@@ -2,23 +2,26 @@
 
 The bytes depend on what is added and on nothing else. Everything is written into a
 scratch folder beside the destination (`staging.py`), synced, and renamed at the end; an
-error, Ctrl-C or a forgotten `finish` leaves nothing behind.
+error, Ctrl-C or a forgotten `finish` leaves nothing behind. A writer that is `resumable`
+notes which shards are on the disk (`journal.py`), and goes on from there when it was cut off.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, Literal, Self, TypeAlias
+from typing import BinaryIO, Final, Literal, NamedTuple, Self, TypeAlias
 
 import msgspec
 
 from .card import render_card
-from .errors import ExportError, ManifestError
+from .errors import EvermindPackError, ExportError, ManifestError
+from .journal import JOURNAL_NAME, Journal, read_journal
 from .manifest import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -37,8 +40,11 @@ from .structure import POOL_ALIGNMENT, check_structure
 from .zip_writer import write_zip
 
 Layout: TypeAlias = Literal["files", "pool"]
+Progress: TypeAlias = Callable[[int, int], None]
 
 POOL_BYTES: Final = 1 << 30
+# A writer that is killed loses at most so many bytes of shards.
+JOURNAL_BYTES: Final = 64 << 20
 _WRITEBACK_BYTES: Final = 1 << 20
 
 _ZIP_NAME = "package.zip"
@@ -51,10 +57,18 @@ class PackageWriter:
     files of about 1 GiB. Nothing that was added is held in memory. Use it in a `with`;
     call `finish` last. Raises `ExportError` where the package cannot be written, also for
     an existing destination unless `overwrite`.
+
+    With `resumable`, call `resume` before anything is added. What Ctrl-C, a kill or a full
+    disk cuts off then leaves its shards behind, in the hidden folder beside the destination.
     """
 
     def __init__(
-        self, destination: Path, *, layout: Layout = "files", overwrite: bool = False
+        self,
+        destination: Path,
+        *,
+        layout: Layout = "files",
+        overwrite: bool = False,
+        resumable: bool = False,
     ) -> None:
         self._staging = Staging(Path(destination), overwrite=overwrite)
         self._layout = layout
@@ -64,6 +78,35 @@ class PackageWriter:
         self._pool: _Output | None = None  # the one of them that takes the next shards
         self._pools = 0
         self._open = False
+        self._resumable = resumable
+        self._journal: Journal | None = None
+        self._unsynced: list[Shard] = []
+        self._unsynced_bytes = 0
+        self._reopening = False
+
+    def resume(
+        self, key: Mapping[str, str], *, restart: bool = False, progress: Progress | None = None
+    ) -> frozenset[tuple[int, int]]:
+        """The shards `(layer, expert)` that a writer before completed: they need not be added.
+
+        `key` is all that shards depend on, in words: with another key, what was left is
+        another's. Every shard is read and hashed; those that are damaged are gone, in pools
+        those after them too. `progress(done, total)` counts bytes. `restart` removes what was
+        left. Raises `ExportError` if it is another's.
+        """
+        assert self._open, "a writer resumes in its `with` statement"
+        assert self._resumable, "this writer was made not to resume"
+        folder = self._staging.folder
+        found = None if restart else read_journal(folder)
+        if found is not None and found.key != dict(key):
+            raise self._foreign(found.key, key)
+        self._take_over(found.shards if found else [], progress)
+        kept = {*(one.file for one in self._shards.values()), *(one.path for one in self._outputs)}
+        self._staging.clear(keep={JOURNAL_NAME, *kept})
+        self._journal = Journal(folder)
+        with self._staging.disk(0):
+            self._journal.begin(key, self._shards.values())
+        return frozenset(self._shards)
 
     def add_file(self, path: str, data: Buffer) -> None:
         """Add one file. Raises `PathError` or `UnsupportedError` for a path no package may have."""
@@ -105,7 +148,7 @@ class PackageWriter:
             # The file's own digest is the shard's: nothing is hashed twice.
             digest = output.digest
             self._close(output)
-        self._shards[layer, expert] = Shard(
+        shard = self._shards[layer, expert] = Shard(
             layer=layer,
             expert=expert,
             file=output.path,
@@ -113,6 +156,11 @@ class PackageWriter:
             bytes=size,
             sha256=digest.hexdigest(),
         )
+        if self._journal is not None:
+            self._unsynced.append(shard)
+            self._unsynced_bytes += size
+            if self._unsynced_bytes >= JOURNAL_BYTES:
+                self._note_shards(self._journal)
 
     def finish(self, manifest: Manifest, check: Callable[[Path], None] | None = None) -> str:
         """Write the model card and the manifest, publish the package, and give its digest.
@@ -142,6 +190,15 @@ class PackageWriter:
 
     def __enter__(self) -> Self:
         self._staging.claim()
+        if not self._resumable:
+            if (found := unfinished(self._staging.destination)) is not None:
+                self._staging.leave()
+                raise ExportError(
+                    f"{found.folder}: an unfinished import with {found.shards:,} experts is there",
+                    hint="Finish it by the same `import` command, remove it, or choose another "
+                    "name.",
+                )
+            self._staging.clear()
         self._open = True
         return self
 
@@ -157,7 +214,73 @@ class PackageWriter:
                 output.file.close()
         if self._open:
             self._open = False
-            self._staging.discard()
+            if error is not None and self._resumable and self._left_to_resume(error):
+                self._staging.leave()
+            else:
+                self._staging.discard()
+
+    def _left_to_resume(self, error: BaseException) -> bool:
+        """Whether shards stay: what failed is not their content, and they are on the disk."""
+        if self._journal is not None:
+            if isinstance(error, EvermindPackError) and not self._staging.failed:
+                return False
+            with suppress(OSError, ExportError):
+                self._note_shards(self._journal)
+        left = unfinished(self._staging.destination)
+        if left is not None and isinstance(error, ExportError) and self._staging.failed:
+            error.hint = (
+                f"{left.shards:,} experts are kept in {left.folder.name}: free some space, and "
+                "the same command goes on from there."
+            )
+        return left is not None
+
+    def _take_over(self, shards: Sequence[Shard], progress: Progress | None) -> None:
+        """Make written shards this writer's own, in order, if they are as they were written."""
+        last = {(one.layer, one.expert): one for one in shards}
+        done, total = 0, sum(one.bytes for one in last.values())
+        self._reopening = True
+        for shard in last.values():
+            if not self._take_shard(shard) and self._layout == "pool":
+                break  # those after it do not lie where they would be written now
+            done += shard.bytes
+            if progress:
+                progress(done, total)
+        self._reopening = False
+        if self._pool is not None:
+            self._cut(self._pool)
+
+    def _take_shard(self, shard: Shard) -> bool:
+        if not (self._staging.folder / shard.file).is_file():
+            return False
+        output = self._shard_file(shard.layer, shard.expert, shard.bytes)
+        at_place = (output.path, output.position) == (shard.file, shard.offset)
+        taken = at_place and output.take(shard)
+        if taken:
+            self._shards[shard.layer, shard.expert] = shard
+        if output is not self._pool:
+            self._close(output)
+            if not taken:
+                del self._files[output.path]
+        return taken
+
+    def _note_shards(self, journal: Journal) -> None:
+        if self._unsynced:
+            with self._staging.disk(0):
+                journal.add(self._unsynced)
+            self._unsynced.clear()
+            self._unsynced_bytes = 0
+
+    def _foreign(self, found: Mapping[str, str], key: Mapping[str, str]) -> ExportError:
+        names = [name for name in sorted({*found, *key}) if found.get(name) != key.get(name)]
+        differing = ", ".join(
+            f"{name} (then {found.get(name, 'none')}, now {key.get(name, 'none')})"
+            for name in names
+        )
+        return ExportError(
+            f"{self._staging.folder}: an unfinished import of something else is there: it differs "
+            f"in {differing}",
+            hint="Give the same source and options to finish it, or --restart to start anew.",
+        )
 
     def _write(self, path: str, data: Buffer) -> None:
         output = self._open_output(path)
@@ -176,7 +299,14 @@ class PackageWriter:
         with self._staging.disk(memoryview(data).nbytes):
             output.write(data)
 
+    def _cut(self, output: _Output) -> None:
+        """Drop what another writer put after the shards that are taken over."""
+        with self._staging.disk(0):
+            output.file.truncate(output.position)
+
     def _close(self, output: _Output) -> None:
+        if self._reopening:
+            self._cut(output)
         with self._staging.disk(0):
             output.file.close()
         self._files[output.path] = FileEntry(
@@ -187,6 +317,9 @@ class PackageWriter:
     def _create(self, path: str) -> BinaryIO:
         assert self._open, "PackageWriter is used in a `with` statement, and finished once"
         target = self._staging.folder / path
+        if self._reopening:
+            fd = os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return open(fd, "r+b")
         target.parent.mkdir(parents=True, exist_ok=True)
         return target.open("xb")
 
@@ -197,7 +330,7 @@ class PackageWriter:
         pool = self._pool
         if pool is not None and align(pool.position, POOL_ALIGNMENT) + size > POOL_BYTES:
             self._close(pool)
-            pool = None
+            pool = self._pool = None
         if pool is None:
             pool = self._pool = self._open_output(f"experts/pool-{self._pools:03d}.moe0p")
             self._pools += 1
@@ -214,6 +347,24 @@ class PackageWriter:
                 write_zip(staging.folder, names, content)
         staging.publish(content)
         self._open = False
+
+
+class Unfinished(NamedTuple):
+    """What a resumable writer left: the folder, and how many shards of how many bytes."""
+
+    folder: Path
+    shards: int
+    bytes: int
+
+
+def unfinished(destination: Path) -> Unfinished | None:
+    """What a writer to `destination` that was cut off has left to resume, if anything."""
+    folder = Staging(destination, overwrite=False).folder
+    found = read_journal(folder)
+    if found is None or not found.shards:
+        return None
+    sizes = {(one.layer, one.expert): one.bytes for one in found.shards}
+    return Unfinished(folder, len(sizes), sum(sizes.values()))
 
 
 class _Output:
@@ -234,3 +385,19 @@ class _Output:
         if self.position - self._written_back >= _WRITEBACK_BYTES:
             start_writeback(self.file.fileno())
             self._written_back = self.position
+
+    def take(self, shard: Shard) -> bool:
+        """Pass over a shard that is in the file already; False if it is not the one described."""
+        both, alone = self.digest.copy(), hashlib.sha256()
+        self.file.seek(self.position)
+        left = shard.bytes
+        while left and (block := self.file.read(min(left, _WRITEBACK_BYTES))):
+            both.update(block)
+            alone.update(block)
+            left -= len(block)
+        if left or alone.hexdigest() != shard.sha256:
+            self.file.seek(self.position)
+            return False
+        self.digest = both
+        self.position = self._written_back = self.position + shard.bytes
+        return True
