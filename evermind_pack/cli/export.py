@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         reference = parity_reference(source.family)
-    with progress("writing experts", quiet=args.quiet or args.json) as advance:
+    silent = args.quiet or args.json
+    with progress("writing experts", quiet=silent, unit="bytes") as advance:
         digest = export_package(source, args.output, options, reference=reference, progress=advance)
     print_result(args, digest)
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from evermind_manifests.errors import LocationError, MissingExtraError
@@ -11,7 +13,7 @@ from evermind_manifests.manifest import Card
 
 from .export import check_text, print_result
 from .options import add_card, add_layout, add_output
-from .terminal import progress, remark, seconds
+from .terminal import human_bytes, remark, seconds, stages
 
 EXAMPLES = """\
   evermind-pack import ./OLMoE-1B-7B -o olmoe/
@@ -39,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layout(parser)
     parser.add_argument("--name", help="the package's name (default: the folder's)")
     add_card(parser)
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew where an import was cut off; without it, the same command goes on from "
+        "there",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,17 +75,12 @@ def run(args: argparse.Namespace) -> int:
             tags=tuple(args.tag),
         ),
         overwrite=args.force,
+        restart=args.restart,
     )
     silent = args.quiet or args.json
     begin = time.monotonic()
-    with progress("writing experts", quiet=silent) as advance:
-        result = import_checkpoint(
-            args.source,
-            args.output,
-            options,
-            progress=advance,
-            stage=lambda text: remark(text, quiet=silent),
-        )
+    with _told_what_is_left(args), stages(quiet=silent) as (stage, advance):
+        result = import_checkpoint(args.source, args.output, options, progress=advance, stage=stage)
     took = time.monotonic() - begin
     print_result(
         args,
@@ -90,3 +93,20 @@ def run(args: argparse.Namespace) -> int:
         {"parity": f"off by {result.parity_error:.1e} of the largest logit", "took": seconds(took)},
     )
     return 0
+
+
+@contextmanager
+def _told_what_is_left(args: argparse.Namespace) -> Iterator[None]:
+    """After Ctrl-C, say what is there and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from evermind_manifests.writer import unfinished
+
+        if left := unfinished(args.output):
+            remark(
+                f"{left.shards:,} experts ({human_bytes(left.bytes)}) are kept in {left.folder}: "
+                "the same command goes on from there, --restart begins anew",
+                quiet=args.quiet,
+            )
+        raise

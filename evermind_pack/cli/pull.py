@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.package}: expected the URL of a package, found one that is here already",
                 hint="`evermind-pack push` copies it elsewhere.",
             )
-        with progress("bytes", quiet=args.quiet or args.json) as advance:
+        with progress("fetching", quiet=args.quiet or args.json, unit="bytes") as advance:
             if args.output is not None:
                 target = open_target(str(args.output), options)
                 copied = copy_package(package, target, advance, concurrency=options.concurrency)

@@ -8,38 +8,64 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 Progress: TypeAlias = Callable[[int, int], None]
+Unit: TypeAlias = Literal["count", "bytes"]
 
 
 @contextlib.contextmanager
-def progress(label: str, *, quiet: bool = False) -> Iterator[Progress]:
+def progress(label: str, *, quiet: bool = False, unit: Unit = "count") -> Iterator[Progress]:
     """A bar on stderr fed by `(done, total)`; silent when quiet or not on a terminal."""
-    if quiet or not sys.stderr.isatty():
+    bar = None if quiet else _bar(unit)
+    if bar is None:
         yield lambda _done, _total: None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-    except ImportError:
-        yield lambda _done, _total: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def stages(*, quiet: bool = False) -> Iterator[tuple[Callable[[str], None], Progress]]:
+    """For long work in stages: name the next one; and tell `(done, total)` bytes of it.
+
+    On a terminal one bar shows both; elsewhere each stage is a line on stderr.
+    """
+    bar = None if quiet else _bar("bytes")
+    if bar is None:
+        yield lambda text: remark(text, quiet=quiet), lambda _done, _total: None
+        return
+    with bar:
+        task = bar.add_task("", total=None)
+        yield (
+            lambda text: bar.reset(task, total=None, description=text),
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _bar(unit: Unit) -> Bar | None:
+    """A bar with the time left; None where stderr is no terminal, or rich is not installed."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich import progress as rich
+        from rich.console import Console
+    except ImportError:
+        return None
+    counts: tuple[Any, ...] = (rich.MofNCompleteColumn(),)
+    if unit == "bytes":
+        counts = (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        *counts,
+        rich.TimeRemainingColumn(),
+    )
+    return rich.Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def remark(text: str, *, quiet: bool = False) -> None:

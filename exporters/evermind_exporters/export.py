@@ -79,7 +79,7 @@ def export_package(
     """Write `source` to `destination` (a folder, or one file if it ends in `.zip`).
 
     Returns the package digest. `reference` computes the parity case; without it the package
-    has none. `progress(done, total)` counts shards. Raises `ExportError` when a weight is
+    has none. `progress(done, total)` counts bytes of shards. Raises `ExportError` when a weight is
     not finite or does not fit `dtype`, or the destination cannot be written; then nothing is
     left behind.
     """
@@ -303,15 +303,21 @@ def write_shards(
     kinds: Mapping[str, KindBlueprint],
     progress: Progress | None,
 ) -> None:
-    """Make `parts` on a second thread while those before them are hashed and written."""
+    """Make `parts` on a second thread while those before them are hashed and written.
+
+    Shards that the writer has already are not among `parts`.
+    """
     ahead = one_ahead(parts)
-    total = sum(layer.experts for layer in layers)
     sizes = {layer.layer: kinds[layer.kind].layout.bytes for layer in layers}
+    total = sum(layer.experts * sizes[layer.layer] for layer in layers)
+    done = writer.shard_bytes
+    if progress:
+        progress(done, total)
     # Closed at once, also when the disk is full: the thread must not outlive the export.
     with closing(ahead):
-        shards = groupby(ahead, key=itemgetter(0))
-        for done, ((layer, expert), group) in enumerate(shards, 1):
+        for (layer, expert), group in groupby(ahead, key=itemgetter(0)):
             writer.stream_shard(layer, expert, (part for _, part in group), sizes[layer])
+            done += sizes[layer]
             if progress:
                 progress(done, total)
 

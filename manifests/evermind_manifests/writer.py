@@ -108,6 +108,16 @@ class PackageWriter:
             self._journal.begin(key, self._shards.values())
         return frozenset(self._shards)
 
+    @property
+    def destination(self) -> Path:
+        """Where the package will be."""
+        return self._staging.destination
+
+    @property
+    def shard_bytes(self) -> int:
+        """How many bytes all shards have so far."""
+        return sum(one.bytes for one in self._shards.values())
+
     def add_file(self, path: str, data: Buffer) -> None:
         """Add one file. Raises `PathError` or `UnsupportedError` for a path no package may have."""
         check_path(path)

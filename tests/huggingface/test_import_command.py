@@ -6,6 +6,9 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from evermind_manifests.writer import PackageWriter
 from safetensors.numpy import load_file, save_file
 
 from evermind_pack.cli import main
@@ -128,6 +132,63 @@ def test_stages_are_told_on_stderr_and_q_is_silent(
     assert list(tmp_path.iterdir()) == []
     code, out, err = call(capsys, "import", checkpoint, "-o", tmp_path / "p", "-q")
     assert (code, out, err) == (130, "", "interrupted\n")
+
+
+# Imports, and is killed when it is about to write the sixth expert.
+KILLED = """
+import os, signal, sys
+from evermind_manifests import writer
+from evermind_pack.cli import main
+
+original = writer.PackageWriter.stream_shard
+written = []
+
+def stream_shard(self, *args):
+    if len(written) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(args[:2])
+    original(self, *args)
+
+writer.PackageWriter.stream_shard = stream_shard
+writer.JOURNAL_BYTES = 1
+main(["import", *sys.argv[1:]])
+"""
+
+
+def test_an_import_that_is_cut_off_goes_on(
+    checkpoint: Path, done: Run, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, refused with other options, interrupted, finished: the package is the same."""
+    command = ["import", checkpoint, "-o", tmp_path / "p", "--license", "MIT"]
+    arguments = list(map(str, command[1:]))
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".p.partial"]
+    code, _, err = call(capsys, *command, "--dtype", "f16", "-q")
+    assert (code, "differs in dtype (then keep, now f16)" in err) == (1, True)
+    assert "--restart to start anew" in err
+
+    written = []
+    stream_shard = PackageWriter.stream_shard
+
+    def three(self: PackageWriter, *args: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(args[:2])
+        stream_shard(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackageWriter, "stream_shard", three)
+        code, _, err = call(capsys, *command)
+    assert code == 130
+    assert "checking 5 experts that are there already" in err
+    assert "8 experts (" in err
+    assert "are kept in " in err
+    assert f"{tmp_path / '.p.partial'}: the same command goes on from there" in err
+    code, out, err = call(capsys, *command, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["digest"] == json.loads(done.out)["digest"]
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def test_help_has_examples(capsys: Any) -> None:

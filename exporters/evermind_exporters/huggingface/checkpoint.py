@@ -6,6 +6,7 @@ Layout: one `model.safetensors`, or files listed in `model.safetensors.index.jso
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -94,6 +95,19 @@ class Checkpoint:
     def parameters(self) -> int:
         """Scalars in all tensors together."""
         return sum(math.prod(spec.shape) for _, spec in self._tensors.values())
+
+    def identity(self) -> str:
+        """A digest of what tells it from another without reading its weights.
+
+        Names, sizes, times of change and headers of its files, and its configuration.
+        """
+        digest = hashlib.sha256((self.folder / CONFIG_NAME).read_bytes())
+        for file in sorted(self._files):
+            info = (self.folder / file).stat()
+            digest.update(f"\0{file}\0{info.st_size}\0{info.st_mtime_ns}".encode())
+        for name, (file, spec) in sorted(self._tensors.items()):
+            digest.update(f"\0{name}\0{file}\0{spec}".encode())
+        return digest.hexdigest()[:16]
 
     def _index(self) -> dict[str, str] | None:
         """Tensor → file, or None where the folder has one file."""

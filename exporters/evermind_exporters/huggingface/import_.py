@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,7 +28,7 @@ from evermind_manifests.manifest import (
 )
 from evermind_manifests.package import open_package
 from evermind_manifests.shard import shard_parts
-from evermind_manifests.writer import PackageWriter
+from evermind_manifests.writer import PackageWriter, unfinished
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
 from ..parity import PARITY_NAME, encode_case
@@ -55,7 +56,8 @@ class ImportOptions:
     """How to write the package.
 
     `dtype` "keep" copies expert weights bit by bit; the others round them. Resident weights
-    are float32, to which f16 and bf16 widen without loss.
+    are float32, to which f16 and bf16 widen without loss. `restart` removes what an import
+    that was cut off has left, in place of going on from there.
     """
 
     dtype: ImportDType = "keep"
@@ -63,6 +65,7 @@ class ImportOptions:
     name: str | None = None
     card: Card = field(default_factory=Card)
     overwrite: bool = False
+    restart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,13 @@ def import_checkpoint(
     """Write the checkpoint in `folder` as a package.
 
     The package is compared with transformers' eager float32 run of the weights as stored, in
-    both programs, before it takes its place. `progress(done, total)` counts shards, `stage`
-    hears what is being done. Raises `UnsupportedError` for a model that cannot be carried,
+    both programs, before it takes its place. An import that was cut off (Ctrl-C, a kill, a full
+    disk) leaves its experts beside `destination`, and the same call goes on from there. `stage`
+    hears what is being done, `progress(done, total)` counts bytes of experts.
+
+    Raises `UnsupportedError` for a model that cannot be carried,
     `CheckpointError` for a damaged checkpoint, `ExportError` where the package computes
-    something else than transformers or cannot be written; then nothing is left behind.
+    something else than transformers, cannot be written, or another import was cut off there.
     """
     options = options or ImportOptions()
     if options.dtype not in get_args(ImportDType):
@@ -103,7 +109,9 @@ def import_checkpoint(
     errors: list[float] = []
     require_transformers()
     checkpoint = Checkpoint(folder)
-    with PackageWriter(destination, layout=options.layout, overwrite=options.overwrite) as writer:
+    with PackageWriter(
+        destination, layout=options.layout, overwrite=options.overwrite, resumable=True
+    ) as writer:
         tell("reading the checkpoint")
         with quiet():
             empty = empty_model(folder)
@@ -112,6 +120,7 @@ def import_checkpoint(
             wanted = None if options.dtype == "keep" else options.dtype
             stored_as = stored_dtypes(layers, checkpoint, wanted)
             model = load_trunk(folder, empty)
+        kept = _resume(writer, checkpoint, options, tell, progress)
         tell("tracing the model")
         with quiet():
             program = trace(model, modules)
@@ -128,11 +137,32 @@ def import_checkpoint(
         for path, data in {**package.files, PARITY_NAME: case}.items():
             writer.add_file(path, data)
         tell("writing experts")
-        parts = _shard_parts(kinds, layers, checkpoint)
+        parts = _shard_parts(kinds, layers, checkpoint, kept)
         write_shards(writer, parts, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
         digest = writer.finish(package.manifest(), lambda folder: errors.append(_check(folder)))
         return ImportResult(digest, model.config.model_type, errors[0])
+
+
+def _resume(
+    writer: PackageWriter,
+    checkpoint: Checkpoint,
+    options: ImportOptions,
+    tell: Callable[[str], None],
+    progress: Progress | None,
+) -> frozenset[tuple[int, int]]:
+    """The experts that an import before has written, if it was of the same all."""
+    left = unfinished(writer.destination)
+    if left is not None and not options.restart:
+        tell(f"checking {left.shards:,} experts that are there already")
+    key = {
+        "checkpoint": checkpoint.identity(),
+        "dtype": options.dtype,
+        "layout": options.layout,
+        "evermind-pack": metadata.version("evermind-pack"),
+        "transformers": metadata.version("transformers"),
+    }
+    return writer.resume(key, restart=options.restart, progress=progress)
 
 
 def _check(folder: Path) -> float:
@@ -271,15 +301,19 @@ def _fused_graph(layer: Layer) -> str:
 
 
 def _shard_parts(
-    kinds: ExpertKinds, layers: list[list[ExpertRows]], checkpoint: Checkpoint
+    kinds: ExpertKinds,
+    layers: list[list[ExpertRows]],
+    checkpoint: Checkpoint,
+    kept: Collection[tuple[int, int]],
 ) -> Iterator[ShardPart]:
     for layer, experts in enumerate(layers):
         layout = kinds.blueprints[kinds.of[layer]].layout
         types = {spec.name: spec.dtype for spec in layout.tensors}
         for expert, rows in enumerate(experts):
             place = layer, expert
-            arrays = _ExpertArrays(rows, checkpoint, types)
-            yield from ((place, part) for part in shard_parts(layout, *place, arrays))
+            if place not in kept:
+                arrays = _ExpertArrays(rows, checkpoint, types)
+                yield from ((place, part) for part in shard_parts(layout, *place, arrays))
 
 
 class _ExpertArrays(Mapping[str, np.ndarray[Any, Any]]):
