@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -128,6 +129,57 @@ class MappedFiles:
         size = ctypes.c_size_t(view.nbytes)
         assert _LIBC.mincore(_address(view), size, _address(pages)) == 0
         return int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE
+
+
+class MappedWeights:
+    """A file that a library of this process has mapped, of which `parts` may be dropped.
+
+    What is counted is what the process has mapped of files (RssFile) beyond the `other` bytes it
+    had before the library opened this one, so that a reading is cheap. Parts are dropped in
+    random order: where each is needed as often as any other this keeps as useful ones as an
+    order by last use, and what is no part (all that every token needs) stays, which is kinder
+    than a kernel. Raises `OSError` if the file is not mapped.
+    """
+
+    def __init__(
+        self, path: str, parts: Sequence[Sequence[tuple[int, int]]], limit: int, other: int
+    ) -> None:
+        self._fd = os.open(path, os.O_RDONLY)
+        self._base = _mapped_at(os.path.realpath(path))
+        self._parts = parts
+        self._limit = limit
+        self._other = other
+        self._random = random.Random(0)
+
+    def take_back(self) -> int:
+        """Drop what is beyond the limit; returns the bytes in memory before."""
+        found = held = mapped_bytes() - self._other
+        for at in self._random.sample(range(len(self._parts)), len(self._parts)):
+            if held <= self._limit:
+                break
+            for offset, size in self._parts[at]:
+                begin = offset - offset % mmap.PAGESIZE
+                length = offset + size - begin
+                # The mapping first: pages that somebody has mapped stay in the page cache.
+                address = ctypes.c_void_p(self._base + begin)
+                _LIBC.madvise(address, ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+                os.posix_fadvise(self._fd, begin, length, os.POSIX_FADV_DONTNEED)
+            held = mapped_bytes() - self._other
+        return found
+
+
+def mapped_bytes() -> int:
+    """What this process has in memory of the files it has mapped."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+
+
+def _mapped_at(path: str) -> int:
+    """The address of the file's first byte, were all of it mapped."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(path):
+            words = line.split()
+            return int(words[0].partition("-")[0], 16) - int(words[2], 16)
+    raise OSError(f"{path} is not mapped")
 
 
 def _address(array: np.ndarray) -> ctypes.c_void_p:
