@@ -27,6 +27,7 @@ FOREIGN = {
         "onnx",
         "onnx_ir",
         "safetensors",
+        "tokenizers",
         "torch",
         "transformers",
     },

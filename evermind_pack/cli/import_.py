@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     with _told_what_is_left(args), stages(quiet=silent) as (stage, advance):
         result = import_checkpoint(args.source, args.output, options, progress=advance, stage=stage)
     took = time.monotonic() - begin
+    for note in result.notes:
+        remark(f"note: {note}", quiet=silent)
     print_result(
         args,
         result.digest,
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             "architecture": result.architecture,
             "parity_error": result.parity_error,
             "seconds": round(took, 3),
+            "notes": result.notes,
         },
         {"parity": f"off by {result.parity_error:.1e} of the largest logit", "took": seconds(took)},
     )

@@ -47,8 +47,9 @@ def generate(
     if limit < 0:
         raise InputError(f"max_new_tokens: expected 0 or more, found {limit}")
     sampler = sampling.sampler(defaults)
-    ids = _encode(model, prompt)
-    if not ids and defaults.bos_token is not None:
+    begins = state is None or state.fresh
+    ids = _encode(model, prompt, begins)
+    if not ids and begins and defaults.bos_token is not None:
         ids = [defaults.bos_token]
     vocabulary = plan.inputs["tokens"].limit
     bad = next((i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)), None)
@@ -61,7 +62,7 @@ def generate(
     return _loop(model, ids, limit, sampler, stops, state or model.new_state())
 
 
-def _encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
+def _encode(model: Model, prompt: str | Sequence[int], begins: bool) -> list[int]:
     if not isinstance(prompt, str):
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, int | np.integer):
@@ -72,7 +73,7 @@ def _encode(model: Model, prompt: str | Sequence[int]) -> list[int]:
             "prompt: this package has no tokenizer, so it cannot take text",
             hint="Pass token ids (on the command line: --tokens 1,2,3).",
         )
-    return model.codec.encode(prompt)
+    return model.codec.encode(prompt, special=begins)
 
 
 def _loop(

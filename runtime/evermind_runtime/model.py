@@ -211,7 +211,8 @@ class Model:
         `top_k`, `top_p` and `min_p` which tokens may be drawn. `repetition_penalty` counts the
         prompt and what was made since. A stop token is part of the output and ends it. What is
         not given comes from the package's `generation` defaults. `state` continues an earlier
-        sequence. Raises `InputError` if the package has no tokenizer for text, does not
+        sequence; a text that begins one gets the tokens that its tokenizer begins texts with.
+        Raises `InputError` if the package has no tokenizer for text, does not
         generate, or a value is out of range or would have no effect.
         """
         self._check_open()

@@ -89,6 +89,15 @@ class State:
         """Whether this is a state of that plan: the same names, dtypes and shapes."""
         return self._specs == plan.state
 
+    @property
+    def fresh(self) -> bool:
+        """Whether it holds what a new state does: no token has left a trace."""
+        current = self.current
+        return not any(
+            len(current[name]) if spec.grows else (current[name] != spec.init).any()
+            for name, spec in self._specs.items()
+        )
+
     def copy(self) -> State:
         """An independent state with the same content."""
         twin = State.__new__(State)

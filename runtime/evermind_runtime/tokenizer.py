@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Protocol
 
 from evermind_manifests.errors import InputError, MissingExtraError
@@ -22,8 +23,14 @@ class TextStream(Protocol):
 class TextCodec(Protocol):
     """A tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`; with `special`, among the tokens that begin and end a text.
+
+        Raises `InputError` for what is no Unicode text.
+        """
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special ones written out."""
 
     def stream(self) -> TextStream:
         """A fresh incremental decoder."""
@@ -32,9 +39,13 @@ class TextCodec(Protocol):
 class ByteCodec:
     """Token id = byte value."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The UTF-8 bytes of `text`."""
         return list(_unicode(text).encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Their UTF-8 text; malformed bytes become U+FFFD."""
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def stream(self) -> TextStream:
         """Decodes UTF-8; malformed bytes become U+FFFD."""
@@ -53,7 +64,10 @@ class _ByteStream:
 
 
 class HuggingFaceCodec:
-    """A `tokenizers` tokenizer.json; no special tokens are added around the text."""
+    """A `tokenizers` tokenizer.json, used as transformers does: whole texts, never padded or cut.
+
+    What its post-processor puts around a text (a bos, mostly) is what `special` means.
+    """
 
     def __init__(self, data: bytes, where: str) -> None:
         try:
@@ -64,12 +78,18 @@ class HuggingFaceCodec:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:
             raise InputError(f"{where}: not a tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._decode_stream = tokenizers.decoders.DecodeStream
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
-        ids: list[int] = self._tokenizer.encode(_unicode(text), add_special_tokens=False).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`; a special token's own text in it is that token."""
+        ids: list[int] = self._tokenizer.encode(_unicode(text), add_special_tokens=special).ids
         return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special ones written out."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def stream(self) -> TextStream:
         """Decodes with all special tokens left in."""

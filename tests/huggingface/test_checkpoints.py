@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from evermind_exporters.huggingface.checkpoint import Checkpoint, Rows
-from evermind_exporters.huggingface.text import read_generation
 from evermind_manifests.errors import CheckpointError, ExportError, UnsupportedError
 from evermind_manifests.package import open_package
 from safetensors.numpy import load_file, save_file
@@ -77,16 +76,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a header, but long enough")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         Checkpoint(tmp_path)
-
-
-def test_stop_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
-    assert read_generation(tmp_path, 10).stop_tokens == (3,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 50]}')
-    assert read_generation(tmp_path, 10).stop_tokens == (4,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "4"}')
-    with pytest.raises(CheckpointError, match="eos_token_id"):
-        read_generation(tmp_path, 10)
 
 
 def test_expert_weights_are_kept_bit_by_bit(imported: Callable[[str], Imported]) -> None:

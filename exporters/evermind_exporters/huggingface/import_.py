@@ -23,7 +23,6 @@ from evermind_manifests.manifest import (
     Parameters,
     Plan,
     Step,
-    Tokenizer,
     ValueSpec,
 )
 from evermind_manifests.package import open_package
@@ -41,7 +40,7 @@ from .experts import ExpertsModule, find_experts
 from .quiet import quiet
 from .reference import Reference, stored
 from .states import LOGITS, TOKENS
-from .text import TOKENIZER_NAME, read_generation, read_tokenizer
+from .text import read_text
 from .trace import empty_model, load_trunk, require_transformers, trace
 
 ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
@@ -73,12 +72,13 @@ class ImportResult:
     """What was written.
 
     `architecture` is transformers' name of the model's type; `parity_error` how far the logits
-    are off, relative to the largest.
+    are off, relative to the largest; `notes` what of the checkpoint's text is not carried as it is.
     """
 
     digest: str
     architecture: str
     parity_error: float
+    notes: tuple[str, ...] = ()
 
 
 def import_checkpoint(
@@ -141,7 +141,7 @@ def import_checkpoint(
         write_shards(writer, parts, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
         digest = writer.finish(package.manifest(), lambda folder: errors.append(_check(folder)))
-        return ImportResult(digest, model.config.model_type, errors[0])
+        return ImportResult(digest, model.config.model_type, errors[0], package.text.notes)
 
 
 def _resume(
@@ -213,7 +213,7 @@ class _Draft:
         )
         self.vocabulary = int(cut.values[LOGITS].dims[1])
         resident, index = pack_resident(cut.weights)
-        self._tokenizer = read_tokenizer(checkpoint.folder)
+        self.text = read_text(checkpoint.folder, self.vocabulary)
         #: Every file but shards, parity and manifest, by path.
         self.files: dict[str, bytes] = {
             _segment_graph(number): cut.graph(number, index) for number in range(len(cut.segments))
@@ -224,8 +224,7 @@ class _Draft:
             if path not in self.files:
                 self.files[path] = kinds.fused(layer.kind, layer.top_k)
         self.files[RESIDENT_NAME] = resident
-        if self._tokenizer is not None:
-            self.files[TOKENIZER_NAME] = self._tokenizer
+        self.files |= self.text.files
 
     def manifest(self) -> Manifest:
         """The manifest without `files` and `shards`."""
@@ -249,10 +248,8 @@ class _Draft:
             shards=(),
             plan=self._plan(),
             resident=RESIDENT_NAME,
-            tokenizer=None
-            if self._tokenizer is None
-            else Tokenizer(kind="tokenizers", file=TOKENIZER_NAME),
-            generation=read_generation(folder, self.vocabulary),
+            tokenizer=self.text.tokenizer,
+            generation=self.text.generation,
             parity=PARITY_NAME,
             card=self._options.card if self._options.card != Card() else None,
         )
