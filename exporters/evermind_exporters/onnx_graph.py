@@ -9,7 +9,7 @@ or shapes only (the models, training) does without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class GraphBuilder:
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
+        self._given: list[tuple[str, str]] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._counter = 0
         self._outer: GraphBuilder | None = None
@@ -89,7 +90,7 @@ class GraphBuilder:
         """Declare `value` as the graph output `name`."""
         import onnx
 
-        self._nodes.append(onnx.helper.make_node("Identity", [value], [name]))
+        self._given.append((value, name))
         info = onnx.helper.make_tensor_value_info(name, ONNX_DTYPES[dtype], list(dims))
         self._outputs.append(info)
 
@@ -175,8 +176,21 @@ class GraphBuilder:
     def _graph(self) -> onnx.GraphProto:
         import onnx
 
+        nodes = [_copy(node) for node in self._nodes]
+        made = {name for node in nodes for name in node.output}
+        # A node gives an output under its own name. Copies would cost as much as small nodes,
+        # and are made only of what no node of this graph gives, or what is given twice.
+        renamed: dict[str, str] = {}
+        copies = []
+        for value, name in self._given:
+            if value in made and value not in renamed:
+                renamed[value] = name
+            else:
+                copies.append(onnx.helper.make_node("Identity", [value], [name]))
+        nodes += copies
+        _rename(nodes, renamed)
         return onnx.helper.make_graph(
-            self._nodes,
+            nodes,
             self._name,
             self._inputs,
             self._outputs,
@@ -198,3 +212,23 @@ class GraphBuilder:
             producer_name="evermind-pack",
         )
         return bytes(model.SerializeToString(deterministic=True))
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    import onnx
+
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    return copied
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], renamed: Mapping[str, str]) -> None:
+    """Rename values wherever they are made or used, in subgraphs too."""
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g.node, renamed)
+                for output in attribute.g.output:
+                    output.name = renamed.get(output.name, output.name)

@@ -22,27 +22,27 @@ def pooled_experts(
     b: GraphBuilder,
     x: str,
     ids: str,
-    gates: str,
+    logits: str,
     pools: Sequence[str],
     *,
     experts: int,
     top_k: int,
     activation: str,
 ) -> str:
-    """`sum_i gates[:, i] * Expert[ids[:, i]](x)` for `x` `(T, d)`, gates that sum to one.
+    """`sum_i softmax(logits)[:, i] * Expert[ids[:, i]](x)` for `x` `(T, d)`.
 
     `pools` are w1 `(experts, hidden, d)`, b1, w2 `(experts, d, hidden)` and b2. The operator
-    wants router logits, keeps the `top_k` largest and takes their softmax: the logarithms of
-    the gates, among logits that nobody chooses, give the same experts the same gates.
+    wants the logits of all experts, keeps the `top_k` largest and takes their softmax: the
+    `logits` of those that were chosen, `(T, top_k)`, stand among logits that nobody chooses.
     """
     shape = b.op("Concat", b.op("Shape", ids, start=0, end=1), b.const([experts]), axis=0)
     others = b.op("Expand", b.const([[_NOT_CHOSEN]], np.float32), shape)
-    logits = b.op("ScatterElements", others, ids, b.op("Log", gates), axis=1)
+    scores = b.op("ScatterElements", others, ids, logits, axis=1)
     return str(
         b.op(
             "MoE",
             x,
-            logits,
+            scores,
             *pools,
             domain="com.microsoft",
             k=top_k,

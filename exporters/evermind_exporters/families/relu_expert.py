@@ -21,10 +21,11 @@ TENSORS = tuple(ffn_shapes(0, 0))
 
 
 class Routed(NamedTuple):
-    """Graph values of one layer's trunk: shared output, selected ids and their gates."""
+    """Graph values of one layer's trunk: shared output, selected ids, their logits and gates."""
 
     shared: str
     ids: str
+    logits: str
     gates: str
 
 
@@ -56,7 +57,7 @@ def route(b: GraphBuilder, x: str, prefix: str, top_k: int) -> Routed:
     top, ids = choose(b, x, prefix, top_k)
     gates = b.op("Softmax", top, axis=-1)
     shared = ffn(b, x, {name: b.weight(f"{prefix}shared.{name}") for name in TENSORS})
-    return Routed(shared, ids, gates)
+    return Routed(shared, ids, top, gates)
 
 
 def choose(b: GraphBuilder, x: str, prefix: str, top_k: int) -> tuple[str, str]:

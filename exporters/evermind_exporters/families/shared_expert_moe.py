@@ -91,7 +91,7 @@ class SharedExpertMoe(EvermindFamily):
             b,
             x,
             routed.ids,
-            routed.gates,
+            routed.logits,
             pool_inputs(b, 0, experts, layout),
             experts=experts,
             top_k=top_k,
