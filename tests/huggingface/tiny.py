@@ -142,6 +142,34 @@ CARRIED: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
     },
 }
+CARRIED |= {
+    # Experts that transformers does not mark.
+    "llama4_text": {
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 3,
+        "interleave_moe_layer_step": 1,
+        "moe_layers": [0, 2],
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 3,
+        "no_rope_layers": [1, 1, 0],
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 1024,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {
+            "ffn_hidden_size": 24,
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
+    },
+}
 #: What is refused, and what the reason says.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     # Its sliding windows: what is older leaves the cache, which a state cannot do yet.

@@ -37,7 +37,8 @@ _MAX_JSON_BYTES = 256 * 1024 * 1024
 class Rows(NamedTuple):
     """Rows `begin` to `end` of a tensor, or, with `expert`, of the matrix or vector it holds there.
 
-    `transposed`: of that matrix' transpose.
+    `transposed`: of that matrix' transpose. `height`: the tensor's matrices lie one below the
+    other, each of so many rows.
     """
 
     name: str
@@ -45,6 +46,13 @@ class Rows(NamedTuple):
     begin: int
     end: int
     transposed: bool = False
+    height: int | None = None
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the matrix or vector, in a tensor of `shape`."""
+        if self.expert is None:
+            return shape
+        return shape[1:] if self.height is None else (self.height, *shape[1:])
 
 
 class Checkpoint:
@@ -82,7 +90,7 @@ class Checkpoint:
     def read(self, rows: Rows) -> npt.NDArray[Any]:
         """The rows `(end - begin, …)` as they are stored (bfloat16 as its 16-bit pattern)."""
         file, spec = self._tensors[rows.name]
-        dims = spec.shape if rows.expert is None else spec.shape[1:]
+        dims = rows.matrix(spec.shape)
         start = (rows.expert or 0) * math.prod(dims)
         shape = dims if rows.transposed else (rows.end - rows.begin, *dims[1:])
         if not rows.transposed:

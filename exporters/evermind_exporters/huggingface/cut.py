@@ -135,9 +135,9 @@ def _split(
         demand(name)
     for number, node in enumerate(experts):
         for name in (node.x, node.ids, node.gates):
-            if stages[name] != number:
+            if stages[name] not in (None, number):
                 raise UnsupportedError(f"experts {number}: {name!r} is not of the layer before")
-            demand(name)
+            demanded[number][name] = None
     given = {node.y for node in experts}
     segments: list[Segment | None] = [None] * count
     for stage in reversed(range(count)):

@@ -137,16 +137,20 @@ class _Stack:
         rest = shapes[0][1:]
         self._whole: str | None = None
         self._sources: list[list[str]] = []
+        self._height: int | None = None
         if None in found:
             (self._whole,) = found[None]
-            _check(checkpoint, self._whole, module.stack_shape(part))
+            shape = module.stack_shape(part)
+            _check(checkpoint, self._whole, shape)
+            self._height = shape[0] // module.experts if part.flat else None
             return
         self._sources = list(found.values())
         if len(self._sources) not in (1, len(shapes)) or (part.transposed and rest):
             raise UnsupportedError(
                 f"{name}: expected the checkpoint's tensors to be whole matrices of one expert"
             )
-        self._height = self._ends[-1] // len(self._sources)
+        height = self._ends[-1] // len(self._sources)
+        self._source_height = height
         for names in self._sources:
             if len(names) != module.experts:
                 raise CheckpointError(
@@ -154,18 +158,15 @@ class _Stack:
                     f"experts, found {len(names)}"
                 )
             for one in names:
-                _check(checkpoint, one, (self._height, *rest))
+                _check(checkpoint, one, (height, *rest))
 
     def rows(self, expert: int, number: int) -> Rows:
         """Where `expert` has the part's tensor `number`."""
         begin, end = self._ends[number - 1] if number else 0, self._ends[number]
         if self._whole is None:
-            source, first = divmod(begin, self._height)
+            source, first = divmod(begin, self._source_height)
             return Rows(self._sources[source][expert], None, first, first + end - begin)
-        if self._part.flat:
-            height = self._ends[-1]
-            return Rows(self._whole, None, expert * height + begin, expert * height + end)
-        return Rows(self._whole, expert, begin, end, self._part.transposed)
+        return Rows(self._whole, expert, begin, end, self._part.transposed, self._height)
 
 
 def _check(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:

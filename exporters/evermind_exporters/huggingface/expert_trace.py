@@ -17,7 +17,8 @@ from evermind_manifests.errors import UnsupportedError
 from ..families.kind import Expert
 from ..families.linear import Weight, linear
 from ..onnx_graph import OPSET, GraphBuilder
-from .experts import BIAS, DOWN, GATE_UP, UP, ExpertsModule, has_post_norm
+from .experts import BIAS, DOWN, GATE_UP, UP, ExpertsModule, apply_gate, has_post_norm
+from .matrices import run_with
 
 if TYPE_CHECKING:
     import onnx
@@ -59,27 +60,35 @@ def trace_expert(model: Any, described: ExpertsModule) -> Expert:
 
 
 def _one_expert(module: Any, described: ExpertsModule, x: torch.Tensor) -> torch.Tensor:
-    """What `transformers.integrations.moe` computes with one expert, by the module's flags."""
+    """What the module computes with one expert, as `transformers.integrations.moe` has it."""
     parts = {part.name: part for part in described.parameters}
 
-    def project(value: torch.Tensor, name: str) -> torch.Tensor:
+    def project(value: torch.Tensor, name: str, width: int) -> torch.Tensor:
         import torch
 
-        rows = sum(described.tensors[one][0] for one in parts[name].tensors)
         return torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{_PROJECT}",
             (value,),
             attrs={"parameter": name},
             dtype=value.dtype,
-            shape=(value.shape[0], rows),
+            shape=(value.shape[0], width),
             version=1,
         )
 
-    if module.has_gate:
-        hidden = module._apply_gate(project(x, GATE_UP))
-    else:
-        hidden = module.act_fn(project(x, UP))
-    y = project(hidden, DOWN)
+    if described.parameters[0].flat:
+        matrices = {name: tuple(getattr(module, name).shape) for name in parts}
+        one = {name: (rows // described.experts, width) for name, (rows, width) in matrices.items()}
+        return run_with(module, x, one, lambda x, it: project(x, it.parameter, it.width))
+
+    def linear_(value: torch.Tensor, name: str) -> torch.Tensor:
+        return project(value, name, sum(described.tensors[t][0] for t in parts[name].tensors))
+
+    hidden = (
+        apply_gate(module, linear_(x, GATE_UP))
+        if GATE_UP in parts
+        else module.act_fn(linear_(x, UP))
+    )
+    y = linear_(hidden, DOWN)
     return module.post_expert_norm(y) if has_post_norm(module) else y
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
+from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import DType
 
 from .checkpoint import Checkpoint, Rows
@@ -34,23 +35,28 @@ class Reference:
         stored_as: list[dict[str, DType]],
     ) -> None:
         self._model = model
+        self._modules = modules
         for module, experts, types in zip(modules, layers, stored_as, strict=True):
             one = model.get_submodule(module.path)
             for part in module.parameters:
+                one._parameters.pop(part.name, None)
                 setattr(one, part.name, _Stack(part, experts, checkpoint, types))
 
     def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`(T, vocabulary)` for `tokens` `(T,)`."""
         import torch
 
-        with experts_run_by(self._model, "eager"), torch.no_grad():
+        with experts_run_by(self._model, self._modules, "eager"), torch.no_grad():
             result = self._model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
         found: npt.NDArray[np.float32] = result.logits[0].float().numpy()
         return found
 
 
 class _Stack:
-    """Stands in for a parameter `(experts, …)`: one expert is read when it is indexed."""
+    """Stands in for a parameter `(experts, …)`: one expert is read when it is indexed.
+
+    What multiplies by the whole stack multiplies by one expert after the other.
+    """
 
     def __init__(
         self,
@@ -63,6 +69,26 @@ class _Stack:
         self._experts = experts
         self._checkpoint = checkpoint
         self._stored_as = stored_as
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's, seen as a stack."""
+        return (len(self._experts), *self[0].shape)
+
+    def view(self, *shape: Any) -> _Stack:
+        """Itself, as the stack it is."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        import torch
+
+        if func is not torch.bmm or kwargs or not isinstance(args[1], cls):
+            raise UnsupportedError(f"experts compute {func} with all their matrices at once")
+        x, stack = args
+        return torch.stack([rows @ stack[expert] for expert, rows in enumerate(x)])
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
         import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 from evermind_manifests.errors import CheckpointError, MissingExtraError, UnsupportedError
 
-from .experts import ExpertsModule, is_experts
+from .experts import ExpertsModule, find_experts
 from .opaque import opaque_experts
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
 
@@ -60,7 +60,7 @@ def load_trunk(folder: Path, empty: Any) -> Any:
     """
     import torch
 
-    classes = {type(one) for _, one in empty.named_modules() if is_experts(one)}
+    classes = {type(empty.get_submodule(one.path)) for one in find_experts(empty)}
     with _without_experts(classes):
         model, info = type(empty).from_pretrained(
             folder,
