@@ -135,9 +135,10 @@ def _split(
         demand(name)
     for number, node in enumerate(experts):
         for name in (node.x, node.ids, node.gates):
-            if stages[name] not in (None, number):
-                raise UnsupportedError(f"experts {number}: {name!r} is not of the layer before")
-            demanded[number][name] = None
+            stage = stages[name]
+            if stage is not None and stage > number:
+                raise UnsupportedError(f"experts {number}: {name!r} is of a later layer")
+            demanded[number if stage is None else stage][name] = None
     given = {node.y for node in experts}
     segments: list[Segment | None] = [None] * count
     for stage in reversed(range(count)):

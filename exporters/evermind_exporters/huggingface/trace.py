@@ -10,6 +10,7 @@ from typing import Any
 from evermind_manifests.errors import CheckpointError, MissingExtraError, UnsupportedError
 
 from .experts import ExpertsModule, find_experts
+from .fixes import fixes
 from .opaque import opaque_experts
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
 
@@ -120,7 +121,7 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
     from transformers.exporters import exporter_onnx
 
     cache = DynamicCache(config=model.config)
-    with opaque_experts(model, modules), torch.no_grad():
+    with opaque_experts(model, modules), fixes(), torch.no_grad():
         try:
             # A run that fills a cache tells its shapes, whatever the attention is.
             model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
