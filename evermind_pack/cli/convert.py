@@ -8,16 +8,22 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from evermind_manifests.errors import ExportError, InputError, MissingExtraError
-from evermind_manifests.package import open_package
+from evermind_manifests.errors import (
+    ConfigError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+)
+from evermind_manifests.package import Package, open_package
 
-from .terminal import human_bytes, print_json, print_table
+from .terminal import human_bytes, print_json, print_table, progress
 
 EXAMPLES = """\
   evermind-pack convert shakespeare/ -o shakespeare.evermind --to evermind
   evermind-pack convert layer/ -o layer.moe0 --to moe0 --f32
   evermind-pack convert shakespeare/ -o model.evl0 --to evl0 --fp16 --fp16-rounding truncate
-  evermind-pack convert shakespeare/ -o shakespeare-hf/ --to hf"""
+  evermind-pack convert shakespeare/ -o shakespeare-hf/ --to hf
+  evermind-pack convert olmoe/ -o OLMoE-1B-7B/ --to hf     # the imported checkpoint, bit by bit"""
 
 _TARGETS = ("moe0", "evl0", "lmbc", "evermind", "safetensors", "gguf", "hf")
 
@@ -39,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the peer's format: moe0 (a lone MoE layer), evl0 (a language model), lmbc (limbic), "
         "evermind (either of the first two with its manifest), safetensors and gguf (exports of a "
-        "language model), hf (a new folder: safetensors, its config.json and the tokenizer)",
+        "language model), hf (a new folder: safetensors, its config.json and the tokenizer; of an "
+        "imported package the checkpoint that it was made of)",
     )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="write half precision")
@@ -59,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-trailer",
         action="store_true",
         help="leave out the CRC after an EVL0 checkpoint, as the peer did before 2026.6.34",
+    )
+    parser.add_argument(
+        "--lossy",
+        action="store_true",
+        help="write an imported checkpoint back although the import rounded it or left something "
+        "out",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -89,6 +102,17 @@ def run(args: argparse.Namespace) -> int:
     rounding = args.fp16_rounding
     with open_package(args.package) as package:
         family = package.manifest.family
+        imported = family.startswith("huggingface/")
+        if imported and args.to == "hf":
+            _restore(args, package)
+            return 0
+        if imported:
+            raise ConfigError(
+                f"{args.package}: a {family!r} model cannot be written as {args.to}",
+                hint="It fits: hf.",
+            )
+        if args.lossy:
+            raise InputError("--lossy has no meaning but for imported packages, with --to hf")
         if args.to == "hf":
             files = convert_to_bundle(package, half=half, rounding=rounding)
         else:
@@ -101,6 +125,48 @@ def run(args: argparse.Namespace) -> int:
         write_file(args.output, files[args.output.name], overwrite=args.force)
     _print_result(args, family, files)
     return 0
+
+
+def _restore(args: argparse.Namespace, package: Package) -> None:
+    """Write the checkpoint that a package was imported from, and say what differs."""
+    from evermind_exporters.huggingface.restore import restore_checkpoint
+
+    if args.fp16 or args.f32 or args.fp16_rounding != "nearest":
+        raise InputError(
+            f"{args.package}: an imported checkpoint is written as it was: --fp16, --f32 and "
+            "--fp16-rounding have no meaning"
+        )
+    with progress("writing tensors", quiet=args.quiet or args.json, unit="bytes") as advance:
+        done = restore_checkpoint(package, args.output, lossy=args.lossy, progress=advance)
+    size = sum(one.bytes for one in done.files.values())
+    lossless = not (done.rounded or done.missing)
+    if args.json:
+        print_json(
+            {
+                "output": str(args.output),
+                "format": args.to,
+                "family": package.manifest.family,
+                "bytes": size,
+                "sha256": {name: one.sha256 for name, one in done.files.items()},
+                "tensors": done.tensors,
+                "lossless": lossless,
+                "rounded": list(done.rounded),
+                "missing": list(done.missing),
+            }
+        )
+        return
+    if args.quiet:
+        return
+    rows = {
+        "written": f"{args.output}  ({human_bytes(size)} in {len(done.files)} files)",
+        "family": package.manifest.family,
+        "tensors": f"{done.tensors:,}, bit by bit those of the checkpoint"
+        if lossless
+        else f"{done.tensors:,}, of which {len(done.rounded):,} are rounded",
+    }
+    if done.missing:
+        rows["missing"] = ", ".join(done.missing)
+    print_table(rows)
 
 
 def _print_result(args: argparse.Namespace, family: str, files: Mapping[str, bytes]) -> None:

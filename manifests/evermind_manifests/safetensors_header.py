@@ -32,6 +32,8 @@ _DTYPES: Final[dict[str, DType]] = {
     "U8": "u8",
     "BOOL": "bool",
 }
+#: How safetensors files name our dtypes.
+SAFETENSORS_DTYPES: Final[dict[DType, str]] = {ours: theirs for theirs, ours in _DTYPES.items()}
 
 
 class TensorRange(NamedTuple):

@@ -131,7 +131,7 @@ class Checkpoint:
         if (
             not isinstance(listed, dict)
             or not listed
-            or not all(isinstance(file, str) and _is_plain(file) for file in listed.values())
+            or not all(isinstance(file, str) and is_plain(file) for file in listed.values())
         ):
             raise CheckpointError(
                 f"{path}: weight_map: expected tensors with the .safetensors files beside it"
@@ -181,5 +181,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_plain(file: str) -> bool:
+def is_plain(file: str) -> bool:
+    """Whether a name is one that a weights file beside config.json may have."""
     return file == Path(file).name and file.endswith(".safetensors") and not file.startswith(".")
