@@ -220,6 +220,7 @@ class _Program:
         self._board |= {
             name: GraphValue(name, spec.dtype, spec.shape) for name, spec in plan.state.items()
         }
+        self._board |= {name: GraphValue(name, "i64", (1,)) for name in plan.lengths}
         self._inputs = 0
         self._prefill = place == "plan.prefill"
         self._decode = place == "plan.decode"

@@ -126,6 +126,12 @@ class StateSpec(Struct, frozen=True, kw_only=True):
     (`"C"`), it grows: it starts with no rows, and the T rows a step writes are appended to
     it, up to `limit` rows in all. With `finite`, a call that would leave an infinity or NaN
     in it fails, and the state stays as it was; the text says what usually is the cause.
+
+    With `length` it is a buffer, of which one dimension, a name, is how many rows it has room
+    for. `length` is a value `(1,)` i64 that a runtime puts on the blackboard: how many rows
+    are filled, from the first on. A program's one graph step that writes the buffer reads it
+    too, and gives it back in the same shape, the filled rows as they were and T new ones behind
+    them; what comes after those means nothing. A runtime may give that step one memory for both.
     """
 
     dtype: DType
@@ -133,11 +139,22 @@ class StateSpec(Struct, frozen=True, kw_only=True):
     init: float = 0.0
     finite: Text | UnsetType = UNSET
     limit: PositiveCount | UnsetType = UNSET
+    length: Name | UnsetType = UNSET
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it has room for rows that are not there yet."""
+        return self.length is not UNSET
 
     @property
     def grows(self) -> bool:
-        """Whether rows are appended to it."""
-        return bool(self.shape) and isinstance(self.shape[0], str)
+        """Whether rows are appended to it, by the runtime or, in a buffer, by a graph."""
+        return self.is_buffer or (bool(self.shape) and isinstance(self.shape[0], str))
+
+    @property
+    def axis(self) -> int:
+        """The dimension along which it grows."""
+        return next(axis for axis, dim in enumerate(self.shape) if isinstance(dim, str))
 
     @property
     def fixed(self) -> tuple[int, ...]:
@@ -267,6 +284,11 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
     observations: dict[Name, ValueSpec] = {}
     routers: tuple[Router, ...] = ()
     guesses: tuple[Guess, ...] = ()
+
+    @property
+    def lengths(self) -> frozenset[str]:
+        """The values that say how many rows of buffers are filled."""
+        return frozenset(spec.length for spec in self.state.values() if spec.length)
 
 
 class Parameters(Struct, frozen=True, kw_only=True):

@@ -114,6 +114,9 @@ CODES: Final[dict[str, Code]] = {
     "state-shape": Code(
         "structure", "a state grows along another dimension than its first", _WRITER
     ),
+    "state-buffer": Code(
+        "structure", "a buffer is used otherwise than by the graph that fills it", _WRITER
+    ),
     "parameters": Code("structure", "more parameters are active than there are", _WRITER),
     "tokenizer": Code("structure", "the tokenizer needs a file and names none", _REEXPORT),
     "no-parity": Code(

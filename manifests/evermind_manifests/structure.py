@@ -22,6 +22,7 @@ from .manifest import (
     Name,
     Plan,
     Shard,
+    StateSpec,
     Step,
 )
 from .paths import ORDINARY, check_file_kind, check_path
@@ -256,13 +257,20 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
     for name in plan.inputs.keys() & plan.state.keys():
         yield problem("plan-redefined", f"plan.state[{name!r}]", "is an input too")
     for name, state in plan.state.items():
+        place = f"plan.state[{name!r}]"
         size = tensor_bytes(state.dtype, state.fixed) * (state.limit or 1)  # unset counts as none
         if size > MAX_STATE_BYTES:
-            yield problem("state-too-large", f"plan.state[{name!r}]", f"{size:,} bytes")
-        if len(state.shape) - len(state.fixed) > state.grows:
-            yield problem("state-shape", f"plan.state[{name!r}]", "only the first dimension grows")
+            yield problem("state-too-large", place, f"{size:,} bytes")
+        named = len(state.shape) - len(state.fixed)
+        if state.is_buffer:
+            if named != 1:
+                found = f"a buffer has one name in its shape, not {named}"
+                yield problem("state-shape", place, found)
+            yield from _check_buffer(plan, name, state)
+        elif named > state.grows:
+            yield problem("state-shape", place, "only the first dimension grows")
         if state.limit and not state.grows:
-            yield problem("state-shape", f"plan.state[{name!r}]", "limit: this state does not grow")
+            yield problem("state-shape", place, "limit: this state does not grow")
     for program, steps in programs(plan):
         yield from _check_program(manifest, program, steps)
     taken = {*plan.inputs, *plan.state}
@@ -274,6 +282,30 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
     yield from _check_guesses(manifest)
     for name in plan.observations.keys() & plan.outputs.keys():
         yield problem("plan-redefined", f"plan.observations[{name!r}]", "is an output too")
+
+
+def _check_buffer(plan: Plan, name: str, state: StateSpec) -> Iterator[Problem]:
+    """Each program reads and writes a buffer in one graph step, and nothing else has it."""
+    place = f"plan.state[{name!r}]"
+    if state.length in {*plan.inputs, *plan.state}:
+        yield problem("plan-redefined", place, f"length: {state.length!r} is an input or a state")
+    if state.finite:
+        yield problem("state-buffer", place, "finite: a buffer cannot be checked")
+    if any((spec.value or output) == name for output, spec in plan.outputs.items()):
+        yield problem("state-buffer", place, "an output of the plan is taken from it")
+    for program, steps in programs(plan):
+        for number, step in enumerate(steps):
+            writes = name in _writes(step)
+            if not isinstance(step, GraphStep) or list(step.outputs.values()).count(name) > 1:
+                wrong = name in _reads(step) or writes
+            else:
+                wrong = list(step.inputs.values()).count(name) != writes
+            if wrong:
+                yield problem(
+                    "state-buffer",
+                    f"plan.{program}[{number}]",
+                    f"{name!r} is not read and written once by one graph step",
+                )
 
 
 def _check_guesses(manifest: Manifest) -> Iterator[Problem]:
@@ -308,7 +340,7 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
     """
     plan = manifest.plan
     produced: set[str] = set()
-    available = set(plan.inputs) | set(plan.state)
+    available = {*plan.inputs, *plan.state, *plan.lengths}
     executed: Counter[int] = Counter()
     known = {entry.layer for entry in manifest.layers}
     pooled = program.startswith("pooled.")
@@ -318,7 +350,7 @@ def _check_program(manifest: Manifest, program: str, steps: Sequence[Step]) -> I
             if name not in available:
                 yield problem("plan-undefined", place, f"{name!r} is read before it is produced")
         for name in _writes(step):
-            if name in produced or name in plan.inputs:
+            if name in produced or name in plan.inputs or name in plan.lengths:
                 yield problem("plan-redefined", place, f"{name!r} is produced twice")
             produced.add(name)
         available |= produced

@@ -1,8 +1,9 @@
-"""One token at a time: every buffer bound once, only the k experts rebound at each step.
+"""One token at a time: every array bound once, only the k experts rebound at each step.
 
 The bindings belong to a `State` (one IOBinding may not run twice at once) and come in two
-sets, since a step reads one side of the state's buffers and writes the other. A state that
-grows is bound anew at each step; the row a step adds to it has a buffer of its own.
+sets, since a step reads one side of the state's arrays and writes the other. A state that
+grows is bound anew at each step; the row a step adds to it has an array of its own. The state's
+buffers are bound as input and output both, and anew when they have moved.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class _BoundStep:
     bound: list[Slot | None]
     # Graph input and state, for each that grows.
     growing: list[tuple[str, str]]
+    # Graph input, graph output and state, for each buffer.
+    buffers: list[tuple[str, str, str]]
     # For a pooled step: what its routers chose (bound buffers).
     choices: Choices
     # For fused experts: what later layers will probably need, to be read while these run.
@@ -98,8 +101,9 @@ class BoundDecode:
         self._rows: dict[str, Array] = {
             name: np.zeros((1, *spec.fixed), dtype=numpy_dtype(spec.dtype))
             for name, spec in plan.state.items()
-            if spec.grows
+            if name in state.grown
         }
+        self._moves = -1
         steps = engine.decode
         for step in steps:
             self._allocate(step)
@@ -109,7 +113,7 @@ class BoundDecode:
                 self._place(guess, steps)
         # What a step on this side has just written.
         self._checked = tuple(
-            {**self._values, **self._rows, **state.buffers[1 - side]} for side in (0, 1)
+            {**self._values, **self._rows, **state.sides[1 - side]} for side in (0, 1)
         )
         # An output taken from a state is what the step just wrote: current after the flip.
         self._outputs = tuple(
@@ -117,7 +121,7 @@ class BoundDecode:
                 name: ({**self._values, **self._rows, **written})[spec.value or name]
                 for name, spec in plan.outputs.items()
             }
-            for written in state.buffers
+            for written in state.sides
         )
 
     def belongs_to(self, engine: Engine) -> bool:
@@ -137,8 +141,10 @@ class BoundDecode:
         for name, array in inputs.items():
             self._values[name][...] = array
         pager, state = self._engine.pager, self._state
-        if self._rows:
+        if self._rows or state.buffers:
             state.check_room(1)
+            state.reserve(1)
+            self._bind_buffers()
         for step in self._sides[state.side]:
             for name, value in step.growing:
                 step.binding.bind_ortvalue_input(name, _value(state.grown[value].view()))
@@ -168,7 +174,21 @@ class BoundDecode:
                 run_graph(step.graph, step.session, step.binding)
         self._engine.finite.check(self._checked[state.side])
         state.append(self._rows)
+        state.fill(1)
         state.flip()
+
+    def _bind_buffers(self) -> None:
+        """Bind the state's buffers where they are now."""
+        state = self._state
+        if self._moves == state.moves:
+            return
+        for step in (*self._sides[0], *self._sides[1]):
+            if isinstance(step, _BoundStep):
+                for given, taken, name in step.buffers:
+                    value = state.buffers[name].value
+                    step.binding.bind_ortvalue_input(given, value)
+                    step.binding.bind_ortvalue_output(taken, value)
+        self._moves = state.moves
 
     def _run_experts(self, step: _BoundExperts) -> None:
         """As `run_program` does it: in ascending order, without those whose gate is 0."""
@@ -233,7 +253,7 @@ class BoundDecode:
     def _bind_guess(self, guess: Guess, side: int) -> _BoundGuess:
         session = self._engine.sessions.get(guess.graph)
         binding = session.io_binding()
-        read = {**self._values, **self._state.buffers[side]}
+        read = {**self._values, **self._state.sides[side]}
         for name, value in guess.inputs.items():
             binding.bind_ortvalue_input(name, _value(read[value]))
         for name, tensor in guess.weights.items():
@@ -255,7 +275,7 @@ class BoundDecode:
         kind = engine.kinds[step.layer]
         session = engine.sessions.get(kind.graph)
         binding = session.io_binding()
-        read = {**self._values, **self._state.buffers[side]}
+        read = {**self._values, **self._state.sides[side]}
         growing = []
         for name, value in {"x": step.x, **step.inputs}.items():
             if value in self._rows:
@@ -283,27 +303,30 @@ class BoundDecode:
         engine, state = self._engine, self._state
         session = engine.sessions.get(step.graph)
         binding = session.io_binding()
-        read = {**self._values, **state.buffers[side]}
-        written = {**self._values, **self._rows, **state.buffers[1 - side]}
+        read = {**self._values, **state.sides[side], **state.lengths}
+        written = {**self._values, **self._rows, **state.sides[1 - side]}
         growing = [(name, value) for name, value in step.inputs.items() if value in self._rows]
+        filled = {value: name for name, value in step.outputs.items() if value in state.buffers}
+        buffers = [(n, filled[value], value) for n, value in step.inputs.items() if value in filled]
         for name, value in step.inputs.items():
-            if value not in self._rows:
+            if value not in self._rows and value not in filled:
                 binding.bind_ortvalue_input(name, _value(read[value]))
         for name, fixed in engine.fixed_inputs(step):
             binding.bind_ortvalue_input(name, fixed)
         for name, value in step.outputs.items():
-            binding.bind_ortvalue_output(name, _value(written[value]))
+            if value not in filled:
+                binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
             choices = engine.choices(step, written) if step.pools else []
             return _BoundStep(
-                step.graph, session, binding, -1, None, None, [], [], growing, choices
+                step.graph, session, binding, -1, None, None, [], [], growing, buffers, choices
             )
         layer, ids = step.experts.layer, read[step.experts.ids]
         gates = read[step.experts.gates] if step.experts.gates else None
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
         return _BoundStep(
-            step.graph, session, binding, layer, ids, gates, names, bound, growing, []
+            step.graph, session, binding, layer, ids, gates, names, bound, growing, buffers, []
         )
 
 

@@ -87,7 +87,7 @@ def _loop(
     text = model.codec.stream() if model.codec else None
     # The peer starts an empty prompt from token 0 but does not keep it as context
     # (specs/evermind-formats.md, section 8.4).
-    forget = None if prompt else state.save()
+    forget = None if prompt else state.mark()
     pending = prompt or [0]
     if limit and len(pending) > 1:
         model.forward({"tokens": pending[:-1]}, state=state, outputs=[])
@@ -96,7 +96,7 @@ def _loop(
         logits = model.decode({"tokens": token}, state)["logits"]
         token[0] = choice = sampler.pick(logits[-1])
         if forget is not None:
-            state.restore(forget)
+            state.rewind(forget)
             forget = None
         last = made == limit or choice in stops
         piece = text.push(choice) if text else ""

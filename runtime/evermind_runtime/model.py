@@ -343,7 +343,7 @@ class Model:
         count = tokens_in(plan, inputs)
         if count == 0:
             # An output that is a state of fixed shape is what the state still is.
-            held = state.buffers[state.side]
+            held = state.sides[state.side]
             sources = {name: plan.outputs[name].value or name for name in wanted}
             return {
                 name: held[source].copy() if source in held else empty_output(plan.outputs[name])
@@ -352,7 +352,7 @@ class Model:
         state.check_room(count)
         chunk = 1 if steps == "decode" else self._chunk(count)
         # A program leaves the state alone when it fails; a later one must not leave it half-way.
-        before = state.save() if count > chunk else None
+        before = state.mark() if count > chunk else None
         parts: list[dict[str, Array]] = []
         try:
             for begin in range(0, count, chunk):
@@ -366,7 +366,7 @@ class Model:
                     parts.append(self._run(part, state, wanted))
         except BaseException:
             if before is not None:
-                state.restore(before)
+                state.rewind(before)
             raise
         return {
             name: join_tokens(plan.outputs[name], [part[name] for part in parts]) for name in wanted

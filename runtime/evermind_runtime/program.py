@@ -16,6 +16,7 @@ from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, GraphStep, Kind, Manifest, Step
 from evermind_manifests.structure import routes
 
+from .arrays import tokens_in
 from .counts import ExpertCounts
 from .devices import Slot
 from .finite import FiniteCheck
@@ -116,12 +117,15 @@ def run_program(
     run, in graphs with statistics where the kind has them.
     """
     current = state.current
-    board: dict[str, Array] = {**inputs, **current}
+    count = tokens_in(engine.manifest.plan, inputs)
+    state.check_room(count)
+    state.reserve(count)
+    board: dict[str, Array] = {**inputs, **current, **state.lengths}
     # What replaces the state does so for the next call: later steps read the old value.
     replaced: dict[str, Array] = {}
     for step in needed_steps(steps, wanted, current):
         if isinstance(step, GraphStep):
-            values = _run_graph(engine, step, board)
+            values = _run_graph(engine, step, board, state)
             if step.pools:
                 engine.served(_needed_choices(engine, step, values, wanted, state))
         else:
@@ -130,7 +134,7 @@ def run_program(
             (replaced if name in current else board)[name] = array
     result = {name: replaced[name] if name in replaced else board[name] for name in wanted}
     engine.finite.check({**inputs, **result, **replaced})
-    state.advance(replaced)
+    state.advance(replaced, count)
     return result
 
 
@@ -178,15 +182,24 @@ def run_graph(path: str, session: Any, binding: ort.IOBinding) -> None:
         raise GraphError(f"{path}: the graph failed: {error}") from error
 
 
-def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> dict[str, Array]:
+def _run_graph(
+    engine: Engine, step: GraphStep, board: Mapping[str, Array], state: State
+) -> dict[str, Array]:
+    """What the step gives; but buffers of the state are written in place."""
     session = engine.sessions.get(step.graph)
     binding = session.io_binding()
     for name, value in step.inputs.items():
-        binding.bind_cpu_input(name, np.ascontiguousarray(board[value]))
-    for name, value in engine.fixed_inputs(step):
-        binding.bind_ortvalue_input(name, value)
-    for name in step.outputs:
+        if value in state.buffers:
+            binding.bind_ortvalue_input(name, state.buffers[value].value)
+        else:
+            binding.bind_cpu_input(name, np.ascontiguousarray(board[value]))
+    for name, fixed in engine.fixed_inputs(step):
+        binding.bind_ortvalue_input(name, fixed)
+    given = {name: value for name, value in step.outputs.items() if value not in state.buffers}
+    for name in given:  # first: outputs come in the order in which they are bound
         binding.bind_output(name, "cpu")
+    for name in step.outputs.keys() - given.keys():
+        binding.bind_ortvalue_output(name, state.buffers[step.outputs[name]].value)
     if step.experts is None:
         run_graph(step.graph, session, binding)
     else:
@@ -204,7 +217,8 @@ def _run_graph(engine: Engine, step: GraphStep, board: Mapping[str, Array]) -> d
             for slot, inputs in zip(slots, names, strict=True):
                 slot.bind(binding, inputs, engine.kinds[layer])
             run_graph(step.graph, session, binding)
-    return dict(zip(step.outputs.values(), binding.copy_outputs_to_cpu(), strict=True))
+    found = zip(given.values(), binding.get_outputs(), strict=False)
+    return {value: one.numpy() for value, one in found}
 
 
 def without_zeros(

@@ -3,47 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Plan, StateSpec
 
-from .devices import numpy_dtype
+from .devices import host_value, numpy_dtype
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 Array = npt.NDArray[Any]
 
-# Rows a growing value has room for at first; the room doubles when it is full.
-_FIRST_ROWS = 64
+# Rows a growing value or a buffer has room for at first; the room doubles when it is full.
+FIRST_ROWS = 64
+
+
+class Mark(NamedTuple):
+    """Where a state was: `State.rewind` goes back there. Cheap, as nothing that grew is copied."""
+
+    fixed: dict[str, Array]
+    counts: dict[str, int]
 
 
 class State:
     """The named arrays of one sequence. Use one State in one call at a time.
 
-    Every value of fixed shape has two buffers: a step reads the current ones and writes the
+    Every value of fixed shape has two sides: a step reads the current arrays and writes the
     others, then `flip` makes those current. Their addresses never change, so bindings to
-    them last. A growing value has one buffer, which `append` writes behind what is there;
-    it moves when it is full.
+    them last. A growing value has one array, which `append` writes behind what is there;
+    it moves when it is full. A buffer has one array too, read and written by a graph in place,
+    behind the filled rows; what a failed step wrote there counts for nothing. `reserve` moves it.
     """
 
     def __init__(self, plan: Plan) -> None:
         """A fresh state: every value filled with its `init`, those that grow without rows."""
         self._specs = plan.state
-        self.buffers: tuple[dict[str, Array], dict[str, Array]] = (
-            self._filled(),
-            self._filled(),
-        )
+        self.sides: tuple[dict[str, Array], dict[str, Array]] = (self._filled(), self._filled())
         self.side = 0
-        self.grown = {name: _Rows(spec) for name, spec in plan.state.items() if spec.grows}
-        # The decode executor keeps its bindings to these buffers here.
+        self.grown = {
+            name: _Rows(spec)
+            for name, spec in plan.state.items()
+            if spec.grows and not spec.is_buffer
+        }
+        self.buffers = {name: _Rows(spec) for name, spec in plan.state.items() if spec.is_buffer}
+        #: How many rows of buffers are filled, as the blackboard has it.
+        self.lengths: dict[str, Array] = {name: np.zeros(1, np.int64) for name in plan.lengths}
+        #: How often buffers have moved: bindings to them last as long as this stays.
+        self.moves = 0
+        # The decode executor keeps its bindings to these arrays here.
         self.bindings: Any = None
 
     @property
     def current(self) -> dict[str, Array]:
-        """The arrays the next step reads, by name; they are the state's own memory."""
-        arrays = self.buffers[self.side]
-        return arrays | {name: rows.view() for name, rows in self.grown.items()}
+        """The arrays the next step reads, by name; they are the state's own memory.
+
+        Of buffers the filled rows.
+        """
+        rows = {**self.grown, **self.buffers}
+        return self.sides[self.side] | {name: one.view() for name, one in rows.items()}
 
     def flip(self) -> None:
         """Make what was written last current."""
@@ -55,28 +75,56 @@ class State:
 
     def restore(self, arrays: Mapping[str, Array]) -> None:
         """Take over saved arrays. Raises `InputError` unless names, dtypes and shapes fit."""
-        self._check(arrays)
-        for rows in self.grown.values():
-            rows.clear()
+        self._check(arrays, self._specs)
+        self._check_lengths(arrays)
+        for rows in (*self.grown.values(), *self.buffers.values()):
+            rows.count = 0
         self._take(arrays)
 
-    def advance(self, arrays: Mapping[str, Array]) -> None:
-        """Take over what a program wrote: the new values, and the new rows of what grows.
+    def mark(self) -> Mark:
+        """Where the state is now."""
+        rows = {**self.grown, **self.buffers}
+        fixed = {name: array.copy() for name, array in self.sides[self.side].items()}
+        return Mark(fixed, {name: one.count for name, one in rows.items()})
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to a mark of this state, made before what has been appended since."""
+        for name, array in mark.fixed.items():
+            self.sides[self.side][name][...] = array
+        for name, rows in {**self.grown, **self.buffers}.items():
+            rows.count = mark.counts[name]
+        self._tell()
+
+    def advance(self, arrays: Mapping[str, Array], tokens: int) -> None:
+        """Take over what a program wrote for `tokens`: the new values, and the new rows of what
+        grows; a buffer has them already.
 
         Raises `InputError`, and changes nothing, unless they fit.
         """
-        self._check(arrays)
-        self.check_room(max((len(arrays[name]) for name in self.grown), default=0))
-        self._take(arrays)
+        written = {name: spec for name, spec in self._specs.items() if not spec.is_buffer}
+        self._check(arrays, written)
+        self.check_room(max((len(arrays[name]) for name in self.grown), default=tokens))
+        self._take_written(arrays)
+        self.fill(tokens)
 
     def append(self, rows: Mapping[str, Array]) -> None:
         """Add rows, which fit, to every growing value."""
         for name, grown in self.grown.items():
             grown.append(rows[name])
 
+    def reserve(self, rows: int) -> None:
+        """Have room for that many more rows in every buffer."""
+        self.moves += sum([buffer.reserve(rows) for buffer in self.buffers.values()])
+
+    def fill(self, rows: int) -> None:
+        """That many more rows of every buffer are filled."""
+        for buffer in self.buffers.values():
+            buffer.count += rows
+        self._tell()
+
     def check_room(self, rows: int) -> None:
-        """Raise `InputError` if a growing value cannot take that many more rows."""
-        for name, grown in self.grown.items():
+        """Raise `InputError` if a growing value or a buffer cannot take that many more rows."""
+        for name, grown in {**self.grown, **self.buffers}.items():
             limit = self._specs[name].limit
             if limit and grown.count + rows > limit:
                 raise InputError(
@@ -102,37 +150,61 @@ class State:
         """An independent state with the same content."""
         twin = State.__new__(State)
         twin._specs = self._specs
-        twin.buffers = (twin._filled(), twin._filled())
+        twin.sides = (twin._filled(), twin._filled())
         twin.side = 0
         twin.grown = {name: _Rows(self._specs[name]) for name in self.grown}
+        twin.buffers = {name: _Rows(self._specs[name]) for name in self.buffers}
+        twin.lengths = {name: np.zeros(1, np.int64) for name in self.lengths}
+        twin.moves = 0
         twin.bindings = None
         twin._take(self.current)
         return twin
 
-    def _check(self, arrays: Mapping[str, Array]) -> None:
-        if arrays.keys() != self._specs.keys():
-            raise InputError(
-                f"state: expected {_names(self._specs)}, found {_names(arrays)}",
-            )
-        for name, spec in self._specs.items():
+    def _check(self, arrays: Mapping[str, Array], specs: Mapping[str, StateSpec]) -> None:
+        if arrays.keys() != specs.keys():
+            raise InputError(f"state: expected {_names(specs)}, found {_names(arrays)}")
+        for name, spec in specs.items():
             array = arrays[name]
             expected = np.dtype(numpy_dtype(spec.dtype))
             fits = np.can_cast(array.dtype, expected, casting="same_kind")
-            shape = array.shape[1:] if spec.grows else array.shape
-            if not fits or array.ndim != len(spec.shape) or shape != spec.fixed:
+            fits = fits and array.ndim == len(spec.shape)
+            rows = array.shape[spec.axis] if fits and spec.grows else 0
+            if not fits or array.shape != _shape(spec, rows):
                 raise InputError(
                     f"state {name!r}: expected {expected} {_dims(spec)}, "
                     f"found {array.dtype} {array.shape}"
                 )
-            if spec.limit and len(array) > spec.limit:
+            if spec.limit and rows > spec.limit:
                 raise InputError(
-                    f"state {name!r}: expected at most {spec.limit:,} rows, found {len(array):,}"
+                    f"state {name!r}: expected at most {spec.limit:,} rows, found {rows:,}"
                 )
 
-    def _take(self, arrays: Mapping[str, Array]) -> None:
-        for name, array in self.buffers[self.side].items():
+    def _check_lengths(self, arrays: Mapping[str, Array]) -> None:
+        first: dict[str, str] = {}
+        for name in self.buffers:
+            spec = self._specs[name]
+            other = first.setdefault(str(spec.length), name)
+            counts = [arrays[one].shape[self._specs[one].axis] for one in (other, name)]
+            if counts[0] != counts[1]:
+                raise InputError(
+                    f"state {name!r}: expected {counts[0]:,} rows as {other!r} has, "
+                    f"found {counts[1]:,}"
+                )
+
+    def _take_written(self, arrays: Mapping[str, Array]) -> None:
+        for name, array in self.sides[self.side].items():
             array[...] = arrays[name]
         self.append(arrays)
+
+    def _take(self, arrays: Mapping[str, Array]) -> None:
+        self._take_written(arrays)
+        for name, buffer in self.buffers.items():
+            self.moves += buffer.append(arrays[name])
+        self._tell()
+
+    def _tell(self) -> None:
+        for name, buffer in self.buffers.items():
+            self.lengths[str(self._specs[name].length)][0] = buffer.count
 
     def _filled(self) -> dict[str, Array]:
         return {
@@ -143,31 +215,54 @@ class State:
 
 
 class _Rows:
-    """The rows of one growing value, in a buffer with room for more."""
+    """The rows of one value that grows, in an array with room for more along one axis."""
 
     def __init__(self, spec: StateSpec) -> None:
         self.count = 0
-        self._buffer = np.empty((_FIRST_ROWS, *spec.fixed), dtype=numpy_dtype(spec.dtype))
+        self._axis = spec.axis
+        self._limit = spec.limit or None
+        first = min(FIRST_ROWS, self._limit or FIRST_ROWS)
+        self._array = np.empty(_shape(spec, first), dtype=numpy_dtype(spec.dtype))
+        self._value: ort.OrtValue | None = None
+
+    @property
+    def value(self) -> ort.OrtValue:
+        """The whole array, filled or not, to be read and written in place."""
+        if self._value is None:
+            self._value = host_value(self._array, "f32")
+        return self._value
 
     def view(self) -> Array:
-        """The rows so far `(C, …)`."""
-        return self._buffer[: self.count]
+        """The rows so far."""
+        return self._array[self._span(0, self.count)]
 
-    def clear(self) -> None:
-        """Forget all rows."""
-        self.count = 0
+    def append(self, rows: Array) -> bool:
+        """Add `rows`, as many as their shape says; says whether the array has moved."""
+        begin, more = self.count, rows.shape[self._axis]
+        moved = self.reserve(more)
+        self._array[self._span(begin, begin + more)] = rows
+        self.count += more
+        return moved
 
-    def append(self, rows: Array) -> None:
-        """Add `rows` `(T, …)`."""
-        end = self.count + len(rows)
-        if end > len(self._buffer):
-            larger = np.empty(
-                (max(end, 2 * len(self._buffer)), *rows.shape[1:]), self._buffer.dtype
-            )
-            larger[: self.count] = self.view()
-            self._buffer = larger
-        self._buffer[self.count : end] = rows
-        self.count = end
+    def reserve(self, rows: int) -> bool:
+        """Have room for that many more; says whether the array has moved."""
+        shape = list(self._array.shape)
+        room = shape[self._axis]
+        if self.count + rows <= room:
+            return False
+        room = 2 * room if self._limit is None else min(2 * room, self._limit)
+        shape[self._axis] = max(self.count + rows, room)
+        larger = np.empty(shape, self._array.dtype)
+        larger[self._span(0, self.count)] = self.view()
+        self._array, self._value = larger, None
+        return True
+
+    def _span(self, begin: int, end: int) -> tuple[slice, ...]:
+        return (*(slice(None),) * self._axis, slice(begin, end))
+
+
+def _shape(spec: StateSpec, rows: int) -> tuple[int, ...]:
+    return tuple(rows if isinstance(dim, str) else dim for dim in spec.shape)
 
 
 def _dims(spec: StateSpec) -> str:

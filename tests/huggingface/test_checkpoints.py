@@ -15,7 +15,6 @@ from evermind_manifests.package import open_package
 from safetensors.numpy import load_file, save_file
 
 from .conftest import Imported
-from .tiny import REFUSED, make
 
 
 def folder_with(folder: Path, files: dict[str, dict[str, np.ndarray]], index: bool = True) -> Path:
@@ -96,18 +95,6 @@ def test_expert_weights_are_kept_bit_by_bit(imported: Callable[[str], Imported])
                 expected = tensors[name]
                 assert expected.dtype == ml_dtypes.bfloat16
                 assert bytes(contents.views[ours]) == expected.tobytes()
-
-
-@pytest.mark.parametrize("refused", REFUSED)
-def test_what_cannot_be_carried_is_refused_with_the_reason(tmp_path: Path, refused: str) -> None:
-    pytest.importorskip("transformers")
-    from evermind_exporters.huggingface.import_ import import_checkpoint
-
-    message, form = REFUSED[refused]
-    make(tmp_path / "checkpoint", refused, form=form)
-    with pytest.raises(UnsupportedError, match=message):
-        import_checkpoint(tmp_path / "checkpoint", tmp_path / "package")
-    assert not (tmp_path / "package").exists()
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-#: model_type → what makes it tiny.
+#: model_type (and what is special, after a comma) → what makes it tiny.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
     "mixtral": {
@@ -33,13 +33,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "norm_topk_prob": True,
     },
-    # Experts with biases, transposed, gate and up interleaved, clamped.
+    # Experts with biases, transposed, gate and up interleaved, clamped; attention with sinks, in
+    # a window in every other layer.
     "gpt_oss": {
         "intermediate_size": 24,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "head_dim": 8,
-        "layer_types": ["full_attention"] * 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
     },
     # States of fixed shape beside caches that grow, and a recurrence.
     "jamba": {
@@ -96,6 +98,7 @@ CARRIED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "mlp_only_layers": [0],
     },
+    "mixtral, window": {**_MIXTRAL, "sliding_window": 8},
     "flex_olmo": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2},
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "deepseek_v3": _DEEPSEEK,
@@ -170,16 +173,6 @@ CARRIED |= {
         },
     },
 }
-#: What is refused, and what the reason says.
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    # Its sliding windows: what is older leaves the cache, which a state cannot do yet.
-    "gpt_oss": (
-        "caches that grow",
-        {**ARCHITECTURES["gpt_oss"], "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    # A window: what is older leaves the cache, which a state cannot do yet.
-    "mixtral": ("caches that grow", {**_MIXTRAL, "sliding_window": 8}),
-}
 
 
 def make(
@@ -199,7 +192,8 @@ def make(
 
     torch.manual_seed(3)
     config = AutoConfig.for_model(
-        model_type, **{**COMMON, **(form or (ARCHITECTURES | CARRIED)[model_type])}
+        model_type.partition(",")[0],
+        **{**COMMON, **(form or (ARCHITECTURES | CARRIED)[model_type])},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

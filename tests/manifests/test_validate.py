@@ -201,6 +201,15 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "plan.state['state']",
         "only the first dimension grows",
     ),
+    "state-buffer": (
+        edit(
+            lambda raw: raw["plan"]["state"]["state"].update(
+                shape=[4, "C"], length="past", finite="x"
+            )
+        ),
+        "plan.state['state']",
+        "finite: a buffer cannot be checked",
+    ),
     "plan-pools": (
         edit(
             lambda raw: raw["plan"]["decode"][0].update(pools={"p": {"layer": 0, "tensor": "w1"}})

@@ -17,7 +17,7 @@ from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
 from .opaque import DOMAIN, OPERATOR
-from .states import LOGITS, TOKENS, plan_states, state_out, with_plan_values
+from .states import LOGITS, PAST, TOKENS, plan_states, state_out, with_plan_values
 
 if TYPE_CHECKING:
     import onnx
@@ -100,14 +100,16 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
     outputs = [one.name for one in graph.outputs]
     nodes = [onnx_ir.to_proto(node) for node in graph]
     _strip(nodes)
-    pairs, states = plan_states(inputs, outputs, limit)
-    shaped = with_plan_values(nodes, pairs, constants, states)
+    states = plan_states(inputs, outputs, nodes, limit)
+    shaped = with_plan_values(nodes, states, constants)
     opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
     opsets.pop(DOMAIN, None)
-    segments, experts = _split(shaped, [LOGITS, *map(state_out, states)], set(constants))
-    cut = Cut(segments, experts, {}, states, constants, opsets, int(program.ir_version))
+    opsets.setdefault("com.microsoft", 1)
+    segments, experts = _split(shaped, [LOGITS, *map(state_out, states.specs)], set(constants))
+    cut = Cut(segments, experts, {}, states.specs, constants, opsets, int(program.ir_version))
     cut.values[TOKENS] = Value(7, ("T",))
-    for name, spec in states.items():
+    cut.values[PAST] = Value(7, (1,))
+    for name, spec in states.specs.items():
         cut.values[name] = Value(1, spec.shape)
     known = _known_dims(graph, inputs["input_ids"][1])
     for number, segment in enumerate(segments):
@@ -264,7 +266,8 @@ def _output_types(
         found[one.name] = Value(_ORT_TYPES[one.type], dims)
     for name, spec in cut.states.items():
         if state_out(name) in found:
-            found[state_out(name)] = Value(1, ("T", *spec.fixed) if spec.grows else spec.shape)
+            appended = spec.grows and not spec.is_buffer
+            found[state_out(name)] = Value(1, ("T", *spec.fixed) if appended else spec.shape)
     return found
 
 

@@ -6,17 +6,23 @@ transformers' graph takes token ids, positions and a cache; the plan has tokens 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
+from .attention import DOMAIN, LENGTH, OPERATOR
+
 if TYPE_CHECKING:
     import onnx
 
 TOKENS, LOGITS = "tokens", "logits"
+#: How many tokens came before, `(1,)`: the length of every buffer.
+PAST = "past"
 
 
 def state_out(name: str) -> str:
@@ -24,16 +30,30 @@ def state_out(name: str) -> str:
     return f"{name}.new"
 
 
+@dataclass(frozen=True, slots=True)
+class PlanStates:
+    """What the plan keeps, and the graph's inputs and outputs that stand for it."""
+
+    #: What the plan says of each state.
+    specs: dict[str, StateSpec]
+    #: State → graph input and output, of those that grow row by row.
+    pairs: dict[str, tuple[str, str]]
+    #: Graph inputs `(1, 1, tokens, 1)` of which only the length counts.
+    lengths: tuple[str, ...]
+
+
 def plan_states(
-    inputs: Mapping[str, tuple[Any, ...]], outputs: Sequence[str], limit: int | None
-) -> tuple[dict[str, tuple[str, str]], dict[str, StateSpec]]:
-    """State → (graph input, graph output), and what the plan says of each.
+    inputs: Mapping[str, tuple[Any, ...]],
+    outputs: Sequence[str],
+    nodes: Sequence[onnx.NodeProto],
+    limit: int | None,
+) -> PlanStates:
+    """What becomes of the graph's cache.
 
-    A cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`, and one of fixed
-    shape `(1, …)` a state `(…)` that begins with zeros.
+    Keys and values of attention that is a node (`attention.py`) are buffers `(1, heads, C,
+    width)`. Another cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`, and
+    one of fixed shape `(1, …)` a state `(…)` that begins with zeros.
     """
-    import msgspec
-
     known = {"input_ids", "position_ids"}
     past = [name for name in inputs if name not in known]
     present = [name for name in outputs if name != LOGITS]
@@ -44,7 +64,14 @@ def plan_states(
         )
     if not past:
         raise UnsupportedError("the exported graph has no cache")
-    pairs, states = {}, {}
+    most: int | msgspec.UnsetType = limit if limit else msgspec.UNSET
+    specs, pairs, lengths = {}, {}, []
+    for node in nodes:
+        if _is_attention(node):
+            one = _options(node)
+            for name in (_keys(one), _values(one)):
+                buffer = (1, one["kv_num_heads"], "C", one["width"])
+                specs[name] = StateSpec(dtype="f32", shape=buffer, limit=most, length=PAST)
     for number, (before, after) in enumerate(zip(past, present, strict=True)):
         shape = inputs[before]
         known_dims = [isinstance(dim, int) for dim in shape]
@@ -55,26 +82,25 @@ def plan_states(
                 f"state {before}: expected a cache that grows along its third dimension, or of "
                 f"fixed shape, found {[str(dim) for dim in shape]} and {after}"
             )
+        if before.endswith(f".{LENGTH}"):
+            lengths.append(before)
+            continue
         name = f"cache.{number}"
         pairs[name] = before, after
         if grows:
-            states[name] = StateSpec(
-                dtype="f32",
-                shape=("C", int(shape[1]), int(shape[3])),
-                limit=limit if limit else msgspec.UNSET,
-            )
+            rows = ("C", int(shape[1]), int(shape[3]))
+            specs[name] = StateSpec(dtype="f32", shape=rows, limit=most)
         else:
-            states[name] = StateSpec(dtype="f32", shape=tuple(map(int, shape[1:])))
-    if not any(spec.grows for spec in states.values()):
+            specs[name] = StateSpec(dtype="f32", shape=tuple(map(int, shape[1:])))
+    if not any(spec.grows for spec in specs.values()):
         raise UnsupportedError("the exported graph has no cache that grows with every token")
-    return pairs, states
+    return PlanStates(specs, pairs, tuple(lengths))
 
 
 def with_plan_values(
     nodes: list[onnx.NodeProto],
-    pairs: Mapping[str, tuple[str, str]],
+    states: PlanStates,
     constants: dict[str, npt.NDArray[Any]],
-    states: Mapping[str, StateSpec],
 ) -> list[onnx.NodeProto]:
     """The nodes between the plan's values (tokens, states, logits) instead of transformers'."""
     from onnx import helper
@@ -84,25 +110,33 @@ def with_plan_values(
         constants[name] = np.array(values, dtype=np.int64)
         return name
 
-    for value, name in ((0, "plan_zero"), (1, "plan_one")):
-        constants[name] = np.array(value, dtype=np.int64)
-    first = next(name for name, spec in states.items() if spec.grows)
+    constants["plan_one"] = np.array(1, dtype=np.int64)
+    # All that grow are equally long: no segment needs another's to know how long.
+    if states.lengths:
+        length = helper.make_node("Identity", [PAST], ["plan_length"])
+    else:
+        first = next(name for name in states.pairs if states.specs[name].grows)
+        length = helper.make_node("Shape", [first], ["plan_length"], start=0, end=1)
     before = [
         helper.make_node("Unsqueeze", [TOKENS, ints(0)], ["input_ids"]),
         helper.make_node("Shape", [TOKENS], ["plan_count"], start=0, end=1),
-        helper.make_node("Shape", [first], ["plan_length"], start=0, end=1),
+        length,
         helper.make_node("Squeeze", ["plan_count"], ["plan_tokens"]),
         helper.make_node("Squeeze", ["plan_length"], ["plan_past"]),
         helper.make_node("Add", ["plan_tokens", "plan_past"], ["plan_end"]),
         helper.make_node("Range", ["plan_past", "plan_end", "plan_one"], ["plan_positions"]),
         helper.make_node("Unsqueeze", ["plan_positions", ints(0)], ["position_ids"]),
+        # GroupQueryAttention counts in int32, and by the last position.
+        helper.make_node("Cast", ["plan_end"], ["plan_total"], to=6),
+        helper.make_node("Add", ["plan_length", "plan_count"], ["plan_ends"]),
+        helper.make_node("Sub", ["plan_ends", ints(1)], ["plan_lasts"]),
+        helper.make_node("Cast", ["plan_lasts"], ["plan_last"], to=6),
     ]
     after = [helper.make_node("Squeeze", ["plan_logits", ints(0)], [LOGITS])]
     renamed = {LOGITS: "plan_logits"}
-    # All that grow are equally long: no segment needs another's to know how long.
-    lengths = {("input_ids", 1): "plan_count"}
-    for name, (past, present) in pairs.items():
-        if not states[name].grows:
+    known = {("input_ids", 1): "plan_count"} | {(name, 2): "plan_length" for name in states.lengths}
+    for name, (past, present) in states.pairs.items():
+        if not states.specs[name].grows:
             before.append(helper.make_node("Unsqueeze", [name, ints(0)], [past]))
             after.append(helper.make_node("Squeeze", [present, ints(0)], [state_out(name)]))
             continue
@@ -117,7 +151,7 @@ def with_plan_values(
             helper.make_node("Squeeze", [f"{name}.rows", ints(0)], [f"{name}.squeezed"]),
             helper.make_node("Transpose", [f"{name}.squeezed"], [state_out(name)], perm=[1, 0, 2]),
         ]
-        lengths[past, 2] = "plan_length"
+        known[past, 2] = "plan_length"
     middle = []
     for node in nodes:
         node.input[:] = [renamed.get(name, name) for name in node.input]
@@ -125,8 +159,48 @@ def with_plan_values(
         if node.op_type == "Shape":
             ends = {one.name: one.i for one in node.attribute}
             begin = ends.get("start", 0)
-            length = lengths.get((node.input[0], begin))
-            if length and ends.get("end") == begin + 1:
-                node = helper.make_node("Identity", [length], node.output)
-        middle.append(node)
+            dimension = known.get((node.input[0], begin))
+            if dimension and ends.get("end") == begin + 1:
+                node = helper.make_node("Identity", [dimension], node.output)
+        middle.append(_with_cache(node) if _is_attention(node) else node)
     return before + middle + after
+
+
+def _with_cache(node: onnx.NodeProto) -> onnx.NodeProto:
+    """The attention node as the operator that keeps keys and values in the plan's buffers."""
+    from onnx import helper
+
+    one = _options(node)
+    keys, values = _keys(one), _values(one)
+    sinks = ["", "", "", "", node.input[3]] if len(node.input) > 3 else []
+    given = [*node.input[:3], keys, values, "plan_last", "plan_total", *sinks]
+    options = {name: one[name] for name in ("num_heads", "kv_num_heads", "scale")}
+    if one["window"]:
+        options["local_window_size"] = one["window"]
+    if one["softcap"]:
+        options["softcap"] = one["softcap"]
+    return helper.make_node(
+        "GroupQueryAttention",
+        given,
+        [node.output[0], state_out(keys), state_out(values)],
+        domain="com.microsoft",
+        **options,
+    )
+
+
+def _is_attention(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == (DOMAIN, OPERATOR)
+
+
+def _options(node: onnx.NodeProto) -> dict[str, Any]:
+    from onnx import helper
+
+    return {one.name: helper.get_attribute_value(one) for one in node.attribute}
+
+
+def _keys(options: Mapping[str, Any]) -> str:
+    return f"keys.{options['layer']}"
+
+
+def _values(options: Mapping[str, Any]) -> str:
+    return f"values.{options['layer']}"

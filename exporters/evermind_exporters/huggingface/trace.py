@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from evermind_manifests.errors import CheckpointError, MissingExtraError, UnsupportedError
 
+from . import attention
 from .experts import ExpertsModule, find_experts
 from .fixes import fixes
 from .opaque import opaque_experts
@@ -120,18 +121,22 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
     from transformers import DynamicCache
     from transformers.exporters import exporter_onnx
 
+    tokens = {
+        "input_ids": torch.arange(_TOKENS)[None] % 7,
+        "position_ids": torch.arange(_PAST, _PAST + _TOKENS)[None],
+    }
     cache = DynamicCache(config=model.config)
-    with opaque_experts(model, modules), fixes(), torch.no_grad():
+    attention.keep_all(cache)
+    with opaque_experts(model, modules), fixes(), torch.no_grad(), ExitStack() as stack:
         try:
+            plain = attention.survey(model, tokens)
             # A run that fills a cache tells its shapes, whatever the attention is.
             model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
+            if plain:
+                attention.keep_lengths(cache, _PAST)
+                stack.enter_context(attention.attention_nodes(model, plain))
             varying = [axis for layer in cache.layers for axis in _cache_axes(layer)]
             vary = torch.export.Dim.AUTO
-            inputs = {
-                "input_ids": torch.arange(_TOKENS)[None] % 7,
-                "position_ids": torch.arange(_PAST, _PAST + _TOKENS)[None],
-                "past_key_values": cache,
-            }
             shapes = {
                 "input_ids": {1: vary},
                 "position_ids": {1: vary},
@@ -139,6 +144,7 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
             }
             onnx: Any = exporter_onnx
             config = onnx.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
+            inputs = {**tokens, "past_key_values": cache}
             with scanned_recurrences(model):
                 return onnx.OnnxExporter().export(model, inputs, config=config).program
         except UnsupportedError:
@@ -157,11 +163,10 @@ def _cache_axes(layer: Any) -> list[int | None]:
     from torch.utils._pytree import tree_leaves
 
     kind = type(layer).__name__
-    if kind not in ("DynamicLayer", *RECURRENT_CACHES):
+    if kind not in ("DynamicLayer", "LengthLayer", *RECURRENT_CACHES):
         raise UnsupportedError(
-            f"state: expected caches that grow with every token, or of fixed shape, found {kind}",
-            hint="Sliding windows are not carried yet.",
+            f"state: expected caches that grow with every token, or of fixed shape, found {kind}"
         )
-    grow = [getattr(layer, name, None) for name in ("keys", "values")]
+    grow = [getattr(layer, name, None) for name in ("keys", "values", attention.LENGTH)]
     tensors = [one for one in tree_leaves(list(vars(layer).values())) if torch.is_tensor(one)]
     return [2 if any(one is other for other in grow) else None for one in tensors]

@@ -1,0 +1,204 @@
+"""Attention as one node of the exported graph: new keys and values in, no cache.
+
+transformers (5.23) keeps a registry of ways to compute attention. A survey runs the model once
+with one registered here that only looks: a layer is plain if attention gets its keys and values
+straight from the cache and sees every earlier token, or those in a window. If all are plain, the
+model is traced with another, a node that `states.py` turns into an operator which keeps the cache
+itself; no mask is computed then, and nothing is read of the cache but its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evermind_manifests.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+DOMAIN, OPERATOR = "evermind", "Attention"
+#: The cache tensor `(1, 1, tokens, 1)` of a layer whose keys and values the node keeps.
+LENGTH = "length"
+#: GroupQueryAttention takes heads whose width is a multiple of it (ONNX Runtime 1.31).
+WIDTH_MULTIPLE = 8
+_SURVEY, _CUT = "evermind_survey", "evermind_attention"
+# Positions that a mask is looked at for, if the configuration does not say how many there are.
+_POSITIONS = 1 << 17
+
+
+class Plain(NamedTuple):
+    """A layer's attention: every earlier token, or with `window` only the last so many."""
+
+    window: int
+
+
+class _Window(NamedTuple):
+    """Stands in for a mask: what it lets a token see; None if it is not causal."""
+
+    width: int | None
+
+
+def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
+    """Layer → its attention, of a model whose attention is all plain; else None.
+
+    `sample` are the model's inputs without a cache; nothing of their content matters.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+    from .cache_layers import SeenLayer
+
+    cache = DynamicCache(config=model.config)
+    layers = _replace(cache, SeenLayer)
+    found: dict[int, Plain | None] = {}
+
+    def look(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+    ) -> tuple[Any, None]:
+        layer = layers.get(getattr(module, "layer_idx", -1))
+        window = mask.width if isinstance(mask, _Window) else None
+        plain = (
+            layer is not None
+            and key is layer.keys
+            and value is layer.values
+            and window is not None
+            and query.shape[1] % key.shape[1] == 0
+            and query.shape[3] == key.shape[3]
+            and options.get("is_causal") is not False
+        )
+        index = getattr(module, "layer_idx", -1)
+        found[index] = Plain(int(window or 0)) if plain and index not in found else None
+        shape = query.shape[0], query.shape[2], query.shape[1], value.shape[3]
+        return query.new_zeros(shape), None
+
+    def mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> _Window:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return _Window(_window(mask_function, limit or _POSITIONS))
+
+    AttentionInterface.register(_SURVEY, look)
+    AttentionMaskInterface.register(_SURVEY, mask)
+    with _attention_by(model, _SURVEY) as settable:
+        if not settable:
+            return None
+        try:
+            model(**sample, past_key_values=cache, use_cache=True)
+        except UnsupportedError:
+            raise
+        except Exception:  # code that wants a real mask: then the layer is not plain
+            return None
+    plain = {layer: one for layer, one in found.items() if one is not None}
+    return plain if plain and plain.keys() == found.keys() == layers.keys() else None
+
+
+@contextmanager
+def attention_nodes(model: Any, layers: Mapping[int, Plain]) -> Iterator[None]:
+    """Meanwhile every attention of the model is a node of the exported graph."""
+    from transformers import AttentionInterface
+
+    def cut(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **o: Any
+    ) -> tuple[torch.Tensor, None]:
+        return _node(layers[module.layer_idx].window, module, query, key, value, o), None
+
+    # There is no mask function of this name, so that transformers makes no mask.
+    AttentionInterface.register(_CUT, cut)
+    with _attention_by(model, _CUT):
+        yield
+
+
+def keep_lengths(cache: Any, tokens: int) -> None:
+    """Have `cache` hold, for `tokens` earlier ones, no keys and values, but how many there are."""
+    from .cache_layers import LengthLayer
+
+    _replace(cache, lambda: LengthLayer(tokens))
+
+
+def keep_all(cache: Any) -> None:
+    """Have an empty `cache` keep what has left a window; the mask still leaves it out."""
+    from transformers.cache_utils import DynamicLayer
+
+    _replace(cache, DynamicLayer)
+
+
+def _node(
+    window: int, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, o: Any
+) -> torch.Tensor:
+    """`(1, T, heads, width of values)` of `(1, heads, T, width)` each."""
+    import torch
+
+    heads, kv_heads, tokens = query.shape[1], key.shape[1], query.shape[2]
+    width, values = query.shape[3], value.shape[3]
+    padded = -(-max(width, values) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        # Zeros change no product of queries and keys, and add nothing to the values' widths.
+        if x.shape[3] != padded:
+            x = torch.nn.functional.pad(x, (0, padded - x.shape[3]))
+        return x.transpose(1, 2).reshape(1, tokens, x.shape[1] * padded)
+
+    scale = o.get("scaling")
+    attributes = {
+        "layer": module.layer_idx,
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "scale": float(width**-0.5 if scale is None else scale),
+        "window": window,
+        "softcap": float(o.get("softcap") or 0.0),
+        "width": padded,
+    }
+    inputs = [rows(query), rows(key), rows(value)]
+    if o.get("s_aux") is not None:
+        inputs.append(o["s_aux"])
+    found: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{OPERATOR}",
+        inputs,
+        attrs=attributes,
+        dtype=query.dtype,
+        shape=(1, tokens, heads * padded),
+        version=1,
+    )
+    return found.reshape(1, tokens, heads, padded)[..., :values]
+
+
+def _window(mask_function: Callable[..., Any], limit: int) -> int | None:
+    """How many tokens, itself included, a token sees: 0 for all; None if it is otherwise."""
+    import torch
+
+    first = torch.zeros((), dtype=torch.int64, device="cpu")
+    earlier = torch.arange(limit, device="cpu")
+
+    def row(position: int) -> torch.Tensor:
+        seen = mask_function(first, first, first + position, earlier)
+        return torch.as_tensor(seen, device="cpu").broadcast_to(limit)
+
+    window = int(row(limit - 1).sum())
+    positions = {0, 1, window - 1, window, window + 1, 2 * window, limit // 2, limit - 2, limit - 1}
+    for position in positions:
+        if 0 <= position < limit:
+            expected = (earlier <= position) & (earlier > position - window)
+            if not bool((row(position) == expected).all()):
+                return None
+    return 0 if window == limit else window
+
+
+def _replace(cache: Any, make: Callable[[], Any]) -> dict[int, Any]:
+    """The layers put in the place of those that hold keys and values alone, by number."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    new = {}
+    for number, layer in enumerate(cache.layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            cache.layers[number] = new[number] = make()
+    return new
+
+
+@contextmanager
+def _attention_by(model: Any, implementation: str) -> Iterator[bool]:
+    """Whether the model lets its attention be replaced, as it now is."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield model.config._attn_implementation == implementation
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,38 @@
+"""Layers of transformers' cache that hold no keys and values. Imports transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+
+class LengthLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Knows how many tokens came before, and gives attention the new keys and values alone."""
+
+    def __init__(self, tokens: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        #: `(1, 1, tokens, 1)`: what a trace sees of the cache, and takes the length of.
+        self.length = torch.zeros(1, 1, tokens, 1, device="cpu")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values, as they are."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """How many tokens came before."""
+        return self.length.shape[2]
+
+
+class SeenLayer(LengthLayer):  # type: ignore[no-untyped-call]
+    """Remembers what it gave."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values, as they are."""
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
