@@ -19,7 +19,15 @@ LAYERS = {
 ORDER = list(LAYERS)
 FOREIGN = {
     "evermind_manifests": {"msgspec", "msgpack", "numpy"},
-    "evermind_runtime": {"msgspec", "numpy", "obstore", "onnxruntime", "tokenizers", "urllib3"},
+    "evermind_runtime": {
+        "jinja2",
+        "msgspec",
+        "numpy",
+        "obstore",
+        "onnxruntime",
+        "tokenizers",
+        "urllib3",
+    },
     "evermind_exporters": {
         "ml_dtypes",
         "msgspec",
@@ -66,6 +74,7 @@ def test_a_layer_imports_only_what_lies_below(layer: str) -> None:
     [
         ("evermind_manifests", {"onnxruntime", "onnx", "torch", "tokenizers"}),
         ("evermind_runtime", {"onnx", "torch", "tokenizers", "safetensors", "urllib3", "obstore"}),
+        ("evermind_runtime", {"jinja2"}),
         ("evermind_exporters.export", {"torch", "onnxruntime"}),
         ("evermind_exporters.checkpoints", {"torch", "onnx", "onnxruntime", "safetensors"}),
         ("evermind_pack.training", {"onnx", "onnxruntime"}),

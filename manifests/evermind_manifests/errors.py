@@ -112,6 +112,10 @@ class InputError(EvermindPackError, ValueError):
     exit_code: ClassVar[int] = 2
 
 
+class TemplateError(EvermindPackError, ValueError):
+    """A chat template is malformed, fails, or takes more time or memory than it may."""
+
+
 class BudgetError(EvermindPackError, ValueError):
     """The expert budget is too small for one step; the message gives the number that would do."""
 

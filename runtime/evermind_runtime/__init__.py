@@ -8,6 +8,7 @@ for piece in model.generate("def ", max_new_tokens=64):
 
 from __future__ import annotations
 
+from .chat import Chat
 from .generation import Piece
 from .introspection import Introspection
 from .limbic import LimbicSession, LimbicStep
@@ -16,6 +17,7 @@ from .state import State
 from .stats import Stats
 
 __all__ = [
+    "Chat",
     "Introspection",
     "LimbicSession",
     "LimbicStep",

@@ -33,8 +33,14 @@ def generate(
     sampling: Sampling,
     stop_tokens: Sequence[int] | None,
     state: State | None,
+    before: Sequence[int] = (),
+    show_stop: bool = True,
 ) -> Iterator[Piece]:
-    """See `Model.generate`. Arguments are checked here; the tokens come lazily."""
+    """See `Model.generate`. Arguments are checked here; the tokens come lazily.
+
+    `before` are tokens that `state` holds, for the repetition penalty to count. `show_stop` says
+    whether the piece of a stop token has its text.
+    """
     plan = model.manifest.plan
     if "tokens" not in plan.inputs or "logits" not in plan.outputs:
         raise InputError(
@@ -57,9 +63,10 @@ def generate(
         raise InputError(
             f"prompt: expected token ids from 0 to {(vocabulary or 0) - 1}, found {bad}"
         )
-    sampler.see(ids)
+    sampler.see([*before, *ids])
     stops = frozenset(defaults.stop_tokens if stop_tokens is None else stop_tokens)
-    return _loop(model, ids, limit, sampler, stops, state or model.new_state())
+    hidden = frozenset() if show_stop else stops
+    return _loop(model, ids, limit, sampler, stops, hidden, state or model.new_state())
 
 
 def _encode(model: Model, prompt: str | Sequence[int], begins: bool) -> list[int]:
@@ -82,6 +89,7 @@ def _loop(
     limit: int,
     sampler: Sampler,
     stops: frozenset[int],
+    hidden: frozenset[int],
     state: State,
 ) -> Iterator[Piece]:
     text = model.codec.stream() if model.codec else None
@@ -99,7 +107,7 @@ def _loop(
             state.rewind(forget)
             forget = None
         last = made == limit or choice in stops
-        piece = text.push(choice) if text else ""
+        piece = text.push(choice) if text and choice not in hidden else ""
         if last and text:
             piece += text.finish()
         yield Piece(choice, piece)

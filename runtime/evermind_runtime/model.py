@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from evermind_manifests.package import Package
 from . import onnx_runtime
 from .arrays import check_inputs, empty_output, join_tokens, slice_tokens, tokens_in
 from .budget import parse_budget, thrash_warning
+from .chat import Chat, ChatTemplates, Message
 from .choose_plan import PlanName
 from .choose_policy import PolicyName, make_policy
 from .decode import BoundDecode
@@ -98,6 +99,7 @@ class Model:
         self._listen(None)
         self._closed = False
         self._codec: TextCodec | None = None
+        self._templates: ChatTemplates | None = None
         self._observer: Observer | None = None
         self._tokens = 0
         self._lock = threading.Lock()
@@ -227,6 +229,40 @@ class Model:
             state=state,
         )
 
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text that the package's chat template makes of `messages`, as transformers does.
+
+        `template` names one of several; by default `tool_use` where there are `tools` and the
+        package has it, else `default`. `variables` are what else the template may read, such as
+        `enable_thinking`. Raises `InputError` if there is no such template or it refuses the
+        messages, `TemplateError` if it fails or takes more than it may, `MissingExtraError`
+        without Jinja. Encode the text with `codec.encode(text, special=False)`.
+        """
+        self._check_open()
+        with self._lock:
+            if self._templates is None:
+                self._templates = ChatTemplates(self._package)
+        return self._templates.render(
+            messages,
+            tools=tools,
+            template=template,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+
+    def chat(self) -> Chat:
+        """A conversation: answers to messages, with what was run kept in between."""
+        self._check_open()
+        return Chat(self)
+
     @property
     def codec(self) -> TextCodec | None:
         """The package's tokenizer, opened when first asked for; `None` if it has none."""
@@ -310,6 +346,8 @@ class Model:
         """Give back all memory and files. The model cannot be used afterwards."""
         self._closed = True
         self.trace(None)
+        if self._templates:
+            self._templates.close()
         self._pager.close()
         self._engine.sessions.close()
         self._package.close()

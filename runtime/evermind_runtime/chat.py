@@ -1,0 +1,190 @@
+"""Conversations: messages through a chat template, and a state that is kept between answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from evermind_manifests.errors import InputError, TemplateError
+from evermind_manifests.package import Package
+
+from .generation import Piece, generate
+from .sampling import Sampling
+from .template_process import TemplateProcess
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .state import State
+
+#: `role` and `content`, and whatever else a template reads; what JSON can hold.
+Message: TypeAlias = Mapping[str, Any]
+
+MAX_TEMPLATE_BYTES = 1 << 20
+# The names under which messages carry reasoning, the one that templates read first
+# (transformers' chat_template_utils).
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplates:
+    """A package's chat templates, each read when it is first used."""
+
+    def __init__(self, package: Package) -> None:
+        self._package = package
+        tokenizer = package.manifest.tokenizer
+        self._paths = tokenizer.chat_templates if tokenizer else {}
+        self._special = tokenizer.special_tokens if tokenizer else {}
+        self._sources: dict[str, str] = {}
+        self._process = TemplateProcess()
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        template: str | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """See `Model.render`."""
+        name = template or ("tool_use" if tools and "tool_use" in self._paths else "default")
+        source = self._source(name)
+        values = {
+            **self._special,
+            "documents": None,
+            **variables,
+            "messages": _checked(messages),
+            "tools": list(tools) if tools is not None else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._process.render(source, values)
+
+    def close(self) -> None:
+        """End the process that renders."""
+        self._process.close()
+
+    def _source(self, name: str) -> str:
+        if name not in self._sources:
+            path = self._paths.get(name)
+            if path is None:
+                known = ", ".join(sorted(self._paths))
+                raise InputError(
+                    f"this package has no chat template {name!r}"
+                    + (f", only {known}" if known else ""),
+                    hint="Give a plain text prompt, in the form that the model was trained on.",
+                )
+            size = self._package.manifest.files[path].bytes
+            if size > MAX_TEMPLATE_BYTES:
+                raise TemplateError(
+                    f"{path}: expected at most {MAX_TEMPLATE_BYTES:,} bytes, found {size:,}"
+                )
+            try:
+                self._sources[name] = self._package.read_file(path).decode()
+            except UnicodeDecodeError as error:
+                raise TemplateError(f"{path}: not UTF-8: {error}") from error
+        return self._sources[name]
+
+
+class Chat:
+    """One conversation. What was run for it stays in a state, so that the next answer goes on.
+
+    The caller owns the messages:
+
+        chat = model.chat()
+        messages = [{"role": "user", "content": "Who was Ada Lovelace?"}]
+        answer = "".join(piece.text for piece in chat.answer(messages))
+        messages.append({"role": "assistant", "content": answer})
+
+    If the messages, rendered and tokenised anew, begin with the tokens that were run, only the rest
+    is run; else everything is. Use one Chat in one thread.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        # What `_state` holds, token by token. No state: nothing is certain.
+        self._state: State | None = None
+        self._held: list[int] = []
+        #: Tokens of the last prompt, and how many of them were run before.
+        self.prompt_tokens = 0
+        self.reused_tokens = 0
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> Iterator[Piece]:
+        """What the model says next, piece by piece as tokens are made.
+
+        As `Model.generate`, except that the text of a stop token is not shown, and that the
+        repetition penalty counts the whole conversation. `tools`, `template` and `variables` as
+        in `Model.render`, whose errors it raises too. A loop that is left early leaves the
+        conversation as far as it came.
+        """
+        model = self._model
+        text = model.render(messages, tools=tools, template=template, **(variables or {}))
+        if model.codec is None:
+            raise InputError("this package has no tokenizer, so it cannot take messages")
+        ids = model.codec.encode(text, special=False)
+        if not ids:
+            raise InputError("messages: the chat template makes no text of them")
+        held = self._held if self._state is not None else []
+        goes_on = 0 < len(held) < len(ids) and ids[: len(held)] == held
+        state = self._state if goes_on and self._state is not None else model.new_state()
+        pieces = generate(
+            model,
+            ids[len(held) :] if goes_on else ids,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+            stop_tokens=stop_tokens,
+            state=state,
+            before=ids[: len(held)] if goes_on else (),
+            show_stop=False,
+        )
+        self.prompt_tokens = len(ids)
+        self.reused_tokens = len(held) if goes_on else 0
+        return self._follow(pieces, state, ids)
+
+    def _follow(self, pieces: Iterator[Piece], state: State, ids: list[int]) -> Iterator[Piece]:
+        held = self._held = ids
+        self._state = None
+        last: int | None = None
+        for piece in pieces:
+            # The step that made this piece has run all before it.
+            if last is not None:
+                held.append(last)
+            last = piece.token
+            self._state = state
+            yield piece
+            self._state = None
+        self._state = state if last is not None else None
+
+
+def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as templates are given them: no key is null, reasoning under all its names."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+        raise InputError(
+            "messages: expected a list of one or more, such as "
+            '[{"role": "user", "content": "Hello"}]'
+        )
+    found = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(
+                f"messages[{number}]: expected an object with a role, found {message!r:.80}"
+            )
+        plain = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        found.append(plain)
+    return found
