@@ -86,13 +86,16 @@ def _manifest() -> Manifest:
     )
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("buffers") / "p"
+def write(path: Path) -> Path:
     with PackageWriter(path) as writer:
         writer.add_file("graphs/sums.onnx", _sums())
         writer.finish(_manifest())
     return path
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("buffers") / "p")
 
 
 @pytest.fixture(scope="module")

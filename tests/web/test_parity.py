@@ -14,6 +14,7 @@ from evermind_manifests.package import open_package
 from tests.families import synapse, tilelli
 from tests.network.server import Server
 from tests.packages import export, golden_source, lm_source, random_source
+from tests.runtime.test_buffers import write as write_buffers
 
 from .browser import Browser
 from .site import from_page, run, to_page
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "tilelli-lm": lambda folder: tilelli.package(
         tilelli.golden_model(folder / "m", tilelli.LM), folder / "p"
     ),
+    "buffers": lambda folder: write_buffers(folder / "p"),
 }
 
 

@@ -217,13 +217,20 @@ function readValue(value, place) {
 function readState(value, place) {
   object(value, place);
   const shape = list(value.shape, `${place}.shape`, dimension, 16);
-  if (shape.slice(1).some((dim) => typeof dim === "string"))
-    throw new ManifestError(`manifest.json: ${place}.shape: only the first dimension may grow`);
+  const length = optional(value.length, `${place}.length`, name);
+  const axis = shape.findIndex((dim) => typeof dim === "string");
+  const fixed = shape.filter((dim) => typeof dim === "number");
+  if (shape.length - fixed.length > 1 || (length === null ? axis > 0 : axis < 0))
+    throw new ManifestError(
+      `manifest.json: ${place}.shape: only the first dimension may grow, or one of a buffer`,
+    );
   return {
     dtype: carried(value.dtype, place),
     shape,
-    grows: typeof shape[0] === "string",
-    fixed: shape.filter((dim) => typeof dim === "number"),
+    axis,
+    grows: axis >= 0,
+    length,
+    fixed,
     init: number(value.init ?? 0, `${place}.init`),
     limit: optional(value.limit, `${place}.limit`, positive),
     finite: optional(value.finite, `${place}.finite`, text),
@@ -276,7 +283,8 @@ function checkFiles({ files, kinds, plan, resident, tokenizer }) {
 
 /** A value is produced once, before it is read; each layer's experts run once. */
 function checkPlan({ layers, plan }) {
-  const known = new Set([...plan.inputs.keys(), ...plan.state.keys()]);
+  const lengths = new Set([...plan.state.values()].flatMap(({ length }) => length ?? []));
+  const known = new Set([...plan.inputs.keys(), ...plan.state.keys(), ...lengths]);
   const written = new Set();
   const ran = new Set();
   plan.steps.forEach((step, index) => {
@@ -284,7 +292,7 @@ function checkPlan({ layers, plan }) {
     for (const value of stepReads(step))
       if (!known.has(value)) throw new ManifestError(`${place}: nothing has produced '${value}'`);
     for (const value of stepWrites(step)) {
-      if (written.has(value) || plan.inputs.has(value))
+      if (written.has(value) || plan.inputs.has(value) || lengths.has(value))
         throw new ManifestError(`${place}: '${value}' is produced twice`);
       written.add(value);
       known.add(value);

@@ -1,5 +1,6 @@
 // The blackboard executor: it knows graph steps and experts steps, and nothing of models.
 
+import { tokensIn } from "./arrays.js";
 import { NonFiniteError } from "./errors.js";
 import { runExperts } from "./experts.js";
 import { stepReads, stepWrites } from "./manifest.js";
@@ -11,7 +12,8 @@ import { stepReads, stepWrites } from "./manifest.js";
  */
 export async function runProgram(engine, inputs, state, wanted, signal) {
   const { plan } = engine.manifest;
-  const board = new Map([...inputs, ...state.current]);
+  const tokens = tokensIn(plan, inputs);
+  const board = new Map([...inputs, ...state.board(tokens)]);
   // What replaces the state does so for the next call: later steps read the old value.
   const replaced = new Map();
   const routes = new Map();
@@ -27,7 +29,7 @@ export async function runProgram(engine, inputs, state, wanted, signal) {
   }
   const values = new Map([...wanted].map((name) => [name, replaced.get(name) ?? board.get(name)]));
   checkFinite(plan, new Map([...values, ...replaced]));
-  state.advance(replaced);
+  state.advance(replaced, tokens);
   return { values, routes };
 }
 

@@ -3,7 +3,10 @@
 import { concatenate, filled, fromBytes, sizeOf } from "./arrays.js";
 import { InputError } from "./errors.js";
 
-/** The named arrays of one sequence; those that grow begin without rows. */
+/**
+ * The named arrays of one sequence; those that grow begin without rows. Graphs copy every input
+ * and output here, so a buffer is kept as its filled rows, and given just the room it needs.
+ */
 export class State {
   #specs;
   #arrays = new Map();
@@ -13,21 +16,31 @@ export class State {
     for (const [name, spec] of this.#specs)
       this.#arrays.set(
         name,
-        spec.grows
-          ? filled(spec.dtype, [0, ...spec.fixed])
-          : filled(spec.dtype, spec.fixed, spec.init),
+        spec.grows ? empty(spec, 0) : filled(spec.dtype, spec.fixed, spec.init),
       );
   }
 
-  /** Map of name to the array that the next step reads. Never changed in place. */
+  /** Map of name to array, of buffers their filled rows. Never changed in place. */
   get current() {
     return this.#arrays;
   }
 
+  /** Map of name to what steps of `tokens` tokens read: buffers with room, and their lengths. */
+  board(tokens) {
+    const board = new Map(this.#arrays);
+    for (const [name, spec] of this.#specs) {
+      if (spec.length === null) continue;
+      const array = this.#arrays.get(name);
+      board.set(name, concatenate([array, empty(spec, tokens)], spec.axis));
+      board.set(spec.length, filled("i64", [1], array.shape[spec.axis]));
+    }
+    return board;
+  }
+
   /** Raises `InputError` if a growing value cannot take `rows` more. */
   checkRoom(rows) {
-    for (const [name, { grows, limit }] of this.#specs) {
-      const count = this.#arrays.get(name).shape[0];
+    for (const [name, { grows, axis, limit }] of this.#specs) {
+      const count = this.#arrays.get(name).shape[axis];
       if (grows && limit !== null && count + rows > limit)
         throw new InputError(
           `state '${name}': expected at most ${limit} tokens in all, found ${count} and ${rows} more`,
@@ -36,13 +49,18 @@ export class State {
     }
   }
 
-  /** Takes over what a program wrote: new values, and new rows of what grows. */
-  advance(written) {
+  /** Takes over what a program wrote for `tokens`: new values, and new rows of what grows. */
+  advance(written, tokens) {
     const next = new Map(this.#arrays);
     for (const [name, array] of written) {
       const spec = this.#specs.get(name);
       checkShape(name, spec, array);
-      next.set(name, spec.grows ? concatenate([this.#arrays.get(name), array], 0) : array);
+      const before = this.#arrays.get(name);
+      const rows = array.shape[spec.axis];
+      if (spec.length !== null && rows !== before.shape[spec.axis] + tokens)
+        throw new InputError(`state '${name}': expected a buffer as it was, found ${rows} rows`);
+      const appended = spec.grows && spec.length === null;
+      next.set(name, appended ? concatenate([before, array], 0) : array);
     }
     this.#arrays = next;
   }
@@ -55,6 +73,7 @@ export class State {
   /** Takes over saved arrays; raises `InputError` unless names, dtypes and shapes fit. */
   restore(arrays) {
     const next = new Map();
+    const lengths = new Map();
     for (const [name, spec] of this.#specs) {
       const array = arrays.get(name);
       const like = this.#arrays.get(name);
@@ -63,8 +82,13 @@ export class State {
       checkShape(name, spec, array);
       if (sizeOf(array.shape) !== array.data.length)
         throw new InputError(`state '${name}': its data do not fill [${array.shape}]`);
-      if (spec.grows && spec.limit !== null && array.shape[0] > spec.limit)
+      const rows = array.shape[spec.axis];
+      if (spec.grows && spec.limit !== null && rows > spec.limit)
         throw new InputError(`state '${name}': expected at most ${spec.limit} rows`);
+      const other = lengths.get(spec.length) ?? rows;
+      if (spec.length !== null && rows !== other)
+        throw new InputError(`state '${name}': expected ${other} rows as others, found ${rows}`);
+      lengths.set(spec.length, rows);
       const view = new Uint8Array(array.data.buffer, array.data.byteOffset, array.data.byteLength);
       next.set(name, fromBytes(spec.dtype, array.shape, view.slice()));
     }
@@ -72,8 +96,15 @@ export class State {
   }
 }
 
-function checkShape(name, { grows, shape, fixed }, array) {
-  const found = grows ? array.shape.slice(1) : array.shape;
-  if (array.shape.length !== shape.length || fixed.some((dim, axis) => found[axis] !== dim))
+function empty({ dtype, shape }, rows) {
+  return filled(
+    dtype,
+    shape.map((dim) => (typeof dim === "string" ? rows : dim)),
+  );
+}
+
+function checkShape(name, { axis, shape, fixed }, array) {
+  const found = array.shape.filter((_, index) => index !== axis);
+  if (array.shape.length !== shape.length || fixed.some((dim, index) => found[index] !== dim))
     throw new InputError(`state '${name}': expected shape [${shape}], found [${array.shape}]`);
 }
