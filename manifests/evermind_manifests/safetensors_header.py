@@ -36,13 +36,22 @@ _DTYPES: Final[dict[str, DType]] = {
 SAFETENSORS_DTYPES: Final[dict[DType, str]] = {ours: theirs for theirs, ours in _DTYPES.items()}
 
 
+# One byte each; packages have none of them, but checkpoints do. OCP 8-bit floating point, v1.0,
+# and microscaling formats, v1.0.
+_FOREIGN: Final = frozenset({"F8_E4M3", "F8_E8M0"})
+
+
 class TensorRange(NamedTuple):
-    """One tensor: `begin` and `end` count from the file's first byte."""
+    """One tensor: `begin` and `end` count from the file's first byte.
+
+    `foreign`: the file's name of a dtype that packages do not have; `dtype` is u8 then.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
     begin: int
     end: int
+    foreign: str = ""
 
 
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,19 +82,24 @@ def header_bytes(prefix: bytes | memoryview, size: int, where: str) -> int:
 
 
 def read_header(
-    data: bytes | memoryview, where: str = "safetensors", *, size: int | None = None
+    data: bytes | memoryview,
+    where: str = "safetensors",
+    *,
+    size: int | None = None,
+    foreign: bool = False,
 ) -> dict[str, TensorRange]:
     """The tensors of a safetensors file of `size` bytes (default: of `data`'s length).
 
     `data` holds at least the header. The tensors are in the order of the file and fill it
-    without gaps. Raises `IntegrityError` naming the tensor, or `TruncatedError`.
+    without gaps. `foreign`: they may be 8-bit floats. Raises `IntegrityError` naming the tensor,
+    or `TruncatedError`.
     """
     size = len(data) if size is None else size
     start = header_bytes(data, size, where)
     if len(data) < start:
         raise TruncatedError(f"{where}: header: expected {start} bytes, found {len(data)}")
     tensors = {
-        name: _check_entry(name, entry, start, where)
+        name: _check_entry(name, entry, start, where, foreign)
         for name, entry in _parse(bytes(data[PREFIX_BYTES:start]), where).items()
     }
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].begin))
@@ -113,8 +127,9 @@ def _parse(text: bytes, where: str) -> dict[str, _Entry]:
         raise IntegrityError(f"{where}: header: {error or type(error).__name__}") from error
 
 
-def _check_entry(name: str, entry: _Entry, start: int, where: str) -> TensorRange:
-    dtype = _DTYPES.get(entry.dtype)
+def _check_entry(name: str, entry: _Entry, start: int, where: str, foreign: bool) -> TensorRange:
+    strange = entry.dtype if foreign and entry.dtype in _FOREIGN else ""
+    dtype = "u8" if strange else _DTYPES.get(entry.dtype)
     if dtype is None:
         raise IntegrityError(f"{where}: tensor {name!r}: unknown dtype {entry.dtype!r}")
     begin, end = entry.data_offsets
@@ -124,4 +139,4 @@ def _check_entry(name: str, entry: _Entry, start: int, where: str) -> TensorRang
             f"{where}: tensor {name!r}: {entry.dtype} {list(entry.shape)}: expected {needed} bytes,"
             f" found {end - begin}"
         )
-    return TensorRange(dtype, entry.shape, start + begin, start + end)
+    return TensorRange(dtype, entry.shape, start + begin, start + end, strange)

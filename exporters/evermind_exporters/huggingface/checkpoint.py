@@ -147,7 +147,7 @@ class Checkpoint:
         disk = DiskFile(path)
         try:
             length = header_bytes(disk.read(0, min(disk.size, PREFIX_BYTES)), disk.size, str(path))
-            header = read_header(disk.read(0, length), str(path), size=disk.size)
+            header = read_header(disk.read(0, length), str(path), size=disk.size, foreign=True)
         except IntegrityError as error:
             raise CheckpointError(f"{path}: not a safetensors file: {error.message}") from error
         self._files[file] = disk
