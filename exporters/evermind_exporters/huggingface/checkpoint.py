@@ -100,6 +100,13 @@ class Checkpoint:
         array = np.frombuffer(data, STORAGE[spec.dtype]).reshape(shape)
         return np.ascontiguousarray(array[:, rows.begin : rows.end].T) if rows.transposed else array
 
+    def values(self, name: str, begin: int, end: int) -> npt.NDArray[Any]:
+        """A tensor's values from `begin` to `end`, flat and as they are stored."""
+        file, spec = self._tensors[name]
+        size = ITEMSIZE[spec.dtype]
+        data = self._files[file].read(spec.begin + begin * size, (end - begin) * size)
+        return np.frombuffer(data, STORAGE[spec.dtype])
+
     def parameters(self) -> int:
         """Scalars in all tensors together."""
         return sum(math.prod(spec.shape) for _, spec in self._tensors.values())

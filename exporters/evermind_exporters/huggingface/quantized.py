@@ -263,7 +263,7 @@ def _is_short(factors: Floats) -> bool:
 
 
 def _e4m3() -> Floats:
-    """The value of each byte: sign, 4 bits of exponent (bias 7), 3 of fraction; NaN, no infinity."""
+    """The value of each byte: a sign, 4 bits of exponent (bias 7), 3 of fraction; no infinity."""
     code = np.arange(256)
     exponent, fraction = code >> 3 & 15, code & 7
     normal = np.ldexp(1 + fraction / 8, exponent - 7)
@@ -274,7 +274,7 @@ def _e4m3() -> Floats:
 
 @cache
 def _mxfp4_pairs() -> npt.NDArray[np.uint32]:
-    """For each scale and byte (`256 * scale + byte`) its two numbers in bfloat16, low half first."""
+    """For each scale and byte (`256 * scale + byte`) its numbers in bfloat16, low half first."""
     magnitude = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float64)
     values = np.concatenate([magnitude, -magnitude])
     byte = np.arange(256)
