@@ -285,7 +285,8 @@ def _router_graph() -> bytes:
 
 def _head_graph() -> bytes:
     data = tiny_resident()
-    _, _, begin, end = read_header(data)["scale"]
+    scale = read_header(data)["scale"]
+    begin, end = scale.begin, scale.end
     last = helper.make_tensor("last", TensorProto.INT64, [], [-1])
     return _model(
         ["h", "state"],
