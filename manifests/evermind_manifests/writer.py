@@ -120,9 +120,16 @@ class PackageWriter:
 
     def add_file(self, path: str, data: Buffer) -> None:
         """Add one file. Raises `PathError` or `UnsupportedError` for a path no package may have."""
+        self.stream_file(path, (data,))
+
+    def stream_file(self, path: str, parts: Iterable[Buffer]) -> None:
+        """Add one file in parts, of which one is held at a time; raises like `add_file`."""
         check_path(path)
         check_file_kind(path)
-        self._write(path, data)
+        output = self._open_output(path)
+        for part in parts:
+            self._put(output, part)
+        self._close(output)
 
     def add_shard(self, layer: int, expert: int, data: Buffer) -> None:
         """Add one expert's shard, as `encode_shard` made it; otherwise like `stream_shard`."""

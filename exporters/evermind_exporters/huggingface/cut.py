@@ -7,7 +7,7 @@ its shape may vary with the state's length, which a value between two steps may 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,14 +16,18 @@ from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
+from ..resident import Stored
+from .nodes import domains, rename, strip, taken
 from .opaque import DOMAIN, OPERATOR
 from .states import LOGITS, PAST, TOKENS, plan_states, state_out, with_plan_values
+from .trunk import Trunk
+from .weights import weigh
 
 if TYPE_CHECKING:
     import onnx
 
-# From here on a constant is a weight: it lies in the resident file, not in the graph.
-_WEIGHT_BYTES = 1024
+# From here on a constant lies in the resident file, not in the graph.
+_TABLE_BYTES = 1024
 _ORT_TYPES = {
     "tensor(float)": 1,
     "tensor(int32)": 6,
@@ -61,23 +65,27 @@ class Segment:
 
 @dataclass(slots=True)
 class Cut:
-    """The segments, the experts between them, the types of values and the constants."""
+    """The segments, the experts between them, the types of values, and what they are made with.
+
+    `weights` are the trunk's, those that a graph uses; `constants` the exporter's own.
+    """
 
     segments: list[Segment]
     experts: list[ExpertsNode]
     values: dict[str, Value]
     states: dict[str, StateSpec]
+    weights: dict[str, Stored]
     constants: dict[str, npt.NDArray[Any]]
     opsets: dict[str, int]
     ir_version: int
 
     @property
-    def weights(self) -> dict[str, npt.NDArray[Any]]:
+    def tables(self) -> dict[str, npt.NDArray[Any]]:
         """The constants that are stored outside of the graphs."""
         return {
             name: array
             for name, array in self.constants.items()
-            if array.ndim and array.nbytes >= _WEIGHT_BYTES
+            if array.ndim and array.nbytes >= _TABLE_BYTES
         }
 
     def graph(self, number: int, resident: Mapping[str, ExternalTensor]) -> bytes:
@@ -85,8 +93,10 @@ class Cut:
         return _serialize(self, self.segments[number], resident)
 
 
-def cut_graph(program: Any, limit: int | None) -> Cut:
+def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     """Cut `program` (an `onnx_ir.Model` as `trace` gives it); `limit` is the longest context.
+
+    Its inputs that are weights of `trunk` become those.
 
     Raises `UnsupportedError` for a graph of another form than the plan can hold.
     """
@@ -96,17 +106,31 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
     if len(program.functions):
         raise UnsupportedError("the exported graph has functions of its own")
     constants = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
-    inputs = {one.name: tuple(one.shape) for one in graph.inputs}
+    weights = {one.name: trunk.name(one.name) for one in graph.inputs if one.name in trunk.names}
+    inputs = {one.name: tuple(one.shape) for one in graph.inputs if one.name not in weights}
     outputs = [one.name for one in graph.outputs]
     nodes = [onnx_ir.to_proto(node) for node in graph]
-    _strip(nodes)
+    strip(nodes)
+    rename(nodes, weights)
     states = plan_states(inputs, outputs, nodes, limit)
     shaped = with_plan_values(nodes, states, constants)
     opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
     opsets.pop(DOMAIN, None)
     opsets.setdefault("com.microsoft", 1)
-    segments, experts = _split(shaped, [LOGITS, *map(state_out, states.specs)], set(constants))
-    cut = Cut(segments, experts, {}, states.specs, constants, opsets, int(program.ir_version))
+    given = constants.keys() | weights.values()
+    segments, experts = _split(shaped, [LOGITS, *map(state_out, states.specs)], given)
+    stored = trunk.weights
+    used = {name for segment in segments for name in segment.constants} - constants.keys()
+    cut = Cut(
+        segments=segments,
+        experts=experts,
+        values={},
+        states=states.specs,
+        weights={name: stored[name] for name in sorted(used)},
+        constants=constants,
+        opsets=opsets,
+        ir_version=int(program.ir_version),
+    )
     cut.values[TOKENS] = Value(7, ("T",))
     cut.values[PAST] = Value(7, (1,))
     for name, spec in states.specs.items():
@@ -120,7 +144,7 @@ def cut_graph(program: Any, limit: int | None) -> Cut:
 
 
 def _split(
-    nodes: list[onnx.NodeProto], wanted: Sequence[str], constants: set[str]
+    nodes: list[onnx.NodeProto], wanted: Sequence[str], constants: Container[str]
 ) -> tuple[list[Segment], list[ExpertsNode]]:
     """Segments and the experts between them, in order."""
     stages, experts = _stages(nodes)
@@ -159,7 +183,7 @@ def _split(
                 demand(name)
             elif id(producer[name]) not in kept:
                 kept.add(id(producer[name]))
-                pending += _taken(producer[name])
+                pending += taken(producer[name])
         segments[stage] = Segment(
             nodes=[node for node in nodes if id(node) in kept],
             inputs=tuple(sorted(inputs)),
@@ -180,7 +204,7 @@ def _stages(
     experts: list[ExpertsNode] = []
     for node in nodes:
         counts = node.op_type == "Shape" and node.input[0] == TOKENS
-        late = [] if counts else [stages.get(name) for name in _taken(node)]
+        late = [] if counts else [stages.get(name) for name in taken(node)]
         stage = max((one for one in late if one is not None), default=None)
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
             x, ids, gates = node.input
@@ -191,35 +215,6 @@ def _stages(
         for name in node.output:
             stages[name] = stage
     return stages, experts
-
-
-def _taken(node: onnx.NodeProto) -> list[str]:
-    """What a node takes, by name: its inputs, and what its subgraphs take from around them."""
-    taken = [name for name in node.input if name]
-    for graph in _subgraphs(node):
-        own = {one.name for one in (*graph.input, *graph.initializer)}
-        for inner in graph.node:
-            taken += [name for name in _taken(inner) if name not in own]
-            own |= set(inner.output)
-        taken += [one.name for one in graph.output if one.name not in own]
-    return taken
-
-
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    graphs: list[onnx.GraphProto] = []
-    for one in node.attribute:
-        graphs += [one.g] if one.HasField("g") else one.graphs
-    return graphs
-
-
-def _strip(nodes: Iterable[onnx.NodeProto]) -> None:
-    """Take off what only says where nodes come from."""
-    for node in nodes:
-        del node.metadata_props[:]
-        node.doc_string = ""
-        for graph in _subgraphs(node):
-            del graph.metadata_props[:]
-            _strip(graph.node)
 
 
 def _known_dims(graph: Any, tokens: Any) -> dict[str, tuple[int | str | None, ...]]:
@@ -293,24 +288,31 @@ def _serialize(cut: Cut, segment: Segment, resident: Mapping[str, ExternalTensor
     import onnx
     from onnx import helper, numpy_helper
 
-    weights = cut.weights
+    tables = cut.tables
     inputs = [_info(name, cut.values[name]) for name in segment.inputs]
-    initializers = []
+    nodes, initializers = segment.nodes, []
     for name in segment.constants:
-        array = cut.constants[name]
-        if name not in weights:
-            initializers.append(numpy_helper.from_array(array, name))
+        if name in cut.weights:
+            if resident is None:
+                inputs.append(_info(name, Value(1, cut.weights[name].shape)))
+        elif name not in tables:
+            initializers.append(numpy_helper.from_array(cut.constants[name], name))
         elif resident is not None:
             initializers.append(external_tensor(name, resident[name]))
         else:
+            array = tables[name]
             dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
             inputs.append(_info(name, Value(dtype, array.shape)))
+    if resident is not None:
+        weights = {name: resident[name] for name in segment.constants if name in cut.weights}
+        nodes, weighed = weigh(nodes, weights)
+        initializers += weighed
     outputs = [
         _info(name, cut.values[name]) if resident is not None else onnx.ValueInfoProto(name=name)
         for name in segment.outputs
     ]
-    graph = helper.make_graph(segment.nodes, "segment", inputs, outputs, initializers)
-    used = {node.domain for node in segment.nodes}
+    graph = helper.make_graph(nodes, "segment", inputs, outputs, initializers)
+    used = domains(nodes)
     opsets = [
         helper.make_opsetid(domain, version)
         for domain, version in sorted(cut.opsets.items())

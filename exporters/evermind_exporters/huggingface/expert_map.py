@@ -13,6 +13,7 @@ from evermind_manifests.errors import CheckpointError, UnsupportedError
 from evermind_manifests.manifest import DType
 
 from .checkpoint import Checkpoint, Rows
+from .conversion import Conversion
 from .experts import ExpertsModule, Parameter
 
 #: One expert's tensors in a shard's order, and where each lies in the checkpoint.
@@ -74,27 +75,12 @@ def _grouped(
 
     The pattern is None where a tensor becomes the parameter as it is.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    known_names = model.state_dict()
-    prefix = model.base_model_prefix
+    conversion = Conversion(model, checkpoint)
+    by_pattern = conversion.converters
     grouped: dict[str, dict[str | None, list[str]]] = {}
-    for name in sorted(checkpoint.names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known_names)
-        if target not in known_names and name in known_names:
-            target, pattern = name, None
+    for name, target, pattern in conversion.renamed:
         if target not in parameters:
             continue
         if pattern is not None:

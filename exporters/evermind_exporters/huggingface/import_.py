@@ -31,7 +31,6 @@ from evermind_manifests.writer import PackageWriter, unfinished
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
 from ..parity import PARITY_NAME, encode_case
-from ..resident import pack_resident
 from .checkpoint import CONFIG_NAME, Checkpoint, read_json
 from .cut import Cut, cut_graph
 from .expert_kinds import ExpertKinds
@@ -39,9 +38,12 @@ from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
 from .quiet import quiet
 from .reference import Reference, stored
+from .resident_file import resident_file, resident_reader
+from .skeleton import skeleton
 from .states import LOGITS, TOKENS
 from .text import read_text
-from .trace import empty_model, load_trunk, require_transformers, trace
+from .trace import empty_model, require_transformers, trace
+from .trunk import Trunk
 
 ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
 
@@ -119,23 +121,25 @@ def import_checkpoint(
             layers = map_experts(empty, modules, checkpoint)
             wanted = None if options.dtype == "keep" else options.dtype
             stored_as = stored_dtypes(layers, checkpoint, wanted)
-            model = load_trunk(folder, empty)
+            kinds = ExpertKinds(empty, modules, stored_as)
+            trunk = Trunk(empty, modules, checkpoint, wanted)
+            model = skeleton(empty, modules, trunk)
         kept = _resume(writer, checkpoint, options, tell, progress)
         tell("tracing the model")
         with quiet():
-            program = trace(model, modules)
-            kinds = ExpertKinds(empty, modules, stored_as)
+            program = trace(model, modules, trunk.names)
         limit = getattr(model.config, "max_position_embeddings", None)
-        cut = cut_graph(program, limit)
+        cut = cut_graph(program, trunk, limit)
         del program
-        package = _Draft(checkpoint, options, modules, kinds, cut, _trunk_size(model))
+        package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters)
         tell("computing what transformers gives")
-        reference = Reference(model, modules, layers, checkpoint, stored_as)
+        reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
         tokens = np.random.default_rng(1).integers(0, package.vocabulary, _PARITY_TOKENS)
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         for path, data in {**package.files, PARITY_NAME: case}.items():
             writer.add_file(path, data)
+        writer.stream_file(RESIDENT_NAME, package.resident.parts(resident_reader(trunk, cut)))
         tell("writing experts")
         parts = _shard_parts(kinds, layers, checkpoint, kept)
         write_shards(writer, parts, package.layers, kinds.blueprints, progress)
@@ -179,10 +183,6 @@ def _check(folder: Path) -> float:
     return found.error
 
 
-def _trunk_size(model: Any) -> int:
-    return sum(one.numel() for one in model.parameters())
-
-
 class _Draft:
     """A package without its shards: its files and its manifest."""
 
@@ -212,18 +212,18 @@ class _Draft:
             for number, (one, top_k) in enumerate(zip(modules, self._top_k, strict=True))
         )
         self.vocabulary = int(cut.values[LOGITS].dims[1])
-        resident, index = pack_resident(cut.weights)
+        self.resident = resident_file(cut)
         self.text = read_text(checkpoint.folder, self.vocabulary)
         #: Every file but shards, parity and manifest, by path.
         self.files: dict[str, bytes] = {
-            _segment_graph(number): cut.graph(number, index) for number in range(len(cut.segments))
+            _segment_graph(number): cut.graph(number, self.resident.index)
+            for number in range(len(cut.segments))
         }
         self._kinds = add_kinds(kinds.blueprints, self.files)
         for layer in self.layers:
             path = _fused_graph(layer)
             if path not in self.files:
                 self.files[path] = kinds.fused(layer.kind, layer.top_k)
-        self.files[RESIDENT_NAME] = resident
         self.files |= self.text.files
 
     def manifest(self) -> Manifest:

@@ -1,4 +1,6 @@
-"""transformers' eager model as a reference, with experts read when they are indexed."""
+"""transformers' eager model as a reference: a layer's weights are read when it runs, an expert's
+when it is indexed.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ from .checkpoint import Checkpoint, Rows
 from .expert_map import ExpertRows
 from .experts import ExpertsModule, Parameter
 from .opaque import experts_run_by
+from .skeleton import borrowed
+from .trunk import Trunk
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +37,11 @@ class Reference:
         layers: list[list[ExpertRows]],
         checkpoint: Checkpoint,
         stored_as: list[dict[str, DType]],
+        trunk: Trunk,
     ) -> None:
         self._model = model
         self._modules = modules
+        self._trunk = trunk
         for module, experts, types in zip(modules, layers, stored_as, strict=True):
             one = model.get_submodule(module.path)
             for part in module.parameters:
@@ -46,8 +52,13 @@ class Reference:
         """`(T, vocabulary)` for `tokens` `(T,)`."""
         import torch
 
-        with experts_run_by(self._model, self._modules, "eager"), torch.no_grad():
-            result = self._model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
+        model, modules = self._model, self._modules
+        with (
+            experts_run_by(model, modules, "eager"),
+            borrowed(model, self._trunk),
+            torch.no_grad(),
+        ):
+            result = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
         found: npt.NDArray[np.float32] = result.logits[0].float().numpy()
         return found
 

@@ -1,16 +1,16 @@
-"""transformers' own model without its experts: loaded, and traced to ONNX."""
+"""transformers' own model: its modules and shapes, and its graph in ONNX, without its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from evermind_manifests.errors import CheckpointError, MissingExtraError, UnsupportedError
+from evermind_manifests.errors import MissingExtraError, UnsupportedError
 
 from . import attention
-from .experts import ExpertsModule, find_experts
+from .experts import ExpertsModule
 from .fixes import fixes
 from .opaque import opaque_experts
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
@@ -45,7 +45,7 @@ def empty_model(folder: Path) -> Any:
             raise UnsupportedError(f"{folder}: quantized checkpoints are not carried yet")
         with torch.device("meta"):
             maker: Any = AutoModelForCausalLM
-            return maker.from_config(config, trust_remote_code=False)
+            return maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, ImportError, OSError) as error:
         if isinstance(error, UnsupportedError):
             raise
@@ -55,67 +55,12 @@ def empty_model(folder: Path) -> Any:
         ) from error
 
 
-def load_trunk(folder: Path, empty: Any) -> Any:
-    """The model in float32 with every weight but the experts'.
-
-    Raises `CheckpointError` if the checkpoint lacks a weight.
-    """
-    import torch
-
-    classes = {type(empty.get_submodule(one.path)) for one in find_experts(empty)}
-    with _without_experts(classes):
-        model, info = type(empty).from_pretrained(
-            folder,
-            config=empty.config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} weights are missing: {', '.join(missing[:5])}"
-        )
-    return model.eval()
-
-
-@contextmanager
-def _without_experts(classes: set[type[Any]]) -> Iterator[None]:
-    """New instances of `classes` have no parameters, and nothing initialises them."""
-    from transformers import PreTrainedModel
-
-    made = {one: one.__init__ for one in classes}
-    initialise = PreTrainedModel._initialize_weights
-
-    def bare(original: Callable[..., None]) -> Callable[..., None]:
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            for name in list(self._parameters):
-                del self._parameters[name]
-
-        return init
-
-    def skip(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        if type(module) not in classes:
-            initialise(self, module, *args, **kwargs)
-
-    try:
-        for one, original in made.items():
-            setattr(one, "__init__", bare(original))  # noqa: B010
-        setattr(PreTrainedModel, "_initialize_weights", skip)  # noqa: B010
-        yield
-    finally:
-        for one, original in made.items():
-            setattr(one, "__init__", original)  # noqa: B010
-        setattr(PreTrainedModel, "_initialize_weights", initialise)  # noqa: B010
-
-
-def trace(model: Any, modules: list[ExpertsModule]) -> Any:
+def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> Any:
     """The ONNX graph (an `onnx_ir.Model`) from `input_ids` `(1, T)` and a growing cache to logits.
 
-    Experts are nodes `evermind.Experts` of (x, ids, gates) with the attribute `layer`. Raises
-    `UnsupportedError` where transformers cannot export the model.
+    The parameters named in `weights` are inputs of the graph, so that nothing is computed from
+    their values while it is made. Experts are nodes `evermind.Experts` of (x, ids, gates) with the
+    attribute `layer`. Raises `UnsupportedError` where transformers cannot export the model.
     """
     import torch
     from transformers import DynamicCache
@@ -128,6 +73,7 @@ def trace(model: Any, modules: list[ExpertsModule]) -> Any:
     cache = DynamicCache(config=model.config)
     attention.keep_all(cache)
     with opaque_experts(model, modules), fixes(), torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(_as_inputs(weights))
         try:
             plain = attention.survey(model, tokens)
             # A run that fills a cache tells its shapes, whatever the attention is.
@@ -170,3 +116,29 @@ def _cache_axes(layer: Any) -> list[int | None]:
     grow = [getattr(layer, name, None) for name in ("keys", "values", attention.LENGTH)]
     tensors = [one for one in tree_leaves(list(vars(layer).values())) if torch.is_tensor(one)]
     return [2 if any(one is other for other in grow) else None for one in tensors]
+
+
+@contextmanager
+def _as_inputs(weights: Container[str]) -> Iterator[None]:
+    """While a model is exported: `weights` become graph inputs before anything is optimised.
+
+    An optimiser would transpose and concatenate constants, which takes their memory several
+    times over and leaves no trace of which weight is which.
+    """
+    from onnxscript import optimizer
+
+    original = optimizer.optimize_ir
+
+    def optimise(model: Any, *args: Any, **kwargs: Any) -> Any:
+        graph = model.graph
+        for name in [name for name in graph.initializers if name in weights]:
+            value = graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+        return original(model, *args, **kwargs)
+
+    setattr(optimizer, "optimize_ir", optimise)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(optimizer, "optimize_ir", original)  # noqa: B010

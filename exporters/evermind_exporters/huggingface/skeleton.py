@@ -1,0 +1,156 @@
+"""A model that can be run and traced without its weights being in memory.
+
+Its parameters are float32 zeros in memory that is never touched: they have addresses and shapes,
+and no pages. `borrowed` puts a layer's weights in their place while that layer runs.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evermind_manifests.errors import UnsupportedError
+
+from .experts import ExpertsModule
+from .trunk import Trunk
+
+if TYPE_CHECKING:
+    import torch
+
+# Memory that is only reserved: a model larger than this machine has can still be traced.
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+
+
+def skeleton(model: Any, modules: Sequence[ExpertsModule], trunk: Trunk) -> Any:
+    """`model`, from the meta device, with untouched memory for the trunk and none for experts.
+
+    What it computes from its configuration (rotations, for one) is computed. Raises
+    `UnsupportedError` for a buffer that is neither that nor in the checkpoint.
+    """
+    import torch
+
+    for one in modules:
+        experts = model.get_submodule(one.path)
+        for name in list(experts._parameters):
+            del experts._parameters[name]
+    made: dict[str, torch.nn.Parameter] = {}
+    computed: list[str] = []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name in (name for name, one in module._parameters.items() if one is not None):
+            weight = trunk.name(prefix + name)
+            if weight not in made:
+                zeros = _untouched(tuple(module._parameters[name].shape))
+                made[weight] = torch.nn.Parameter(zeros, requires_grad=False)
+            module._parameters[name] = made[weight]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is None:
+                continue
+            if name in module._non_persistent_buffers_set:
+                module._buffers[name] = _unset(buffer)
+                computed.append(prefix + name)
+            else:
+                module._buffers[name] = _untouched(tuple(buffer.shape))
+        # Whatever initialises a model is to fill in what it computes, and nothing else.
+        module._is_hf_initialized = not module._non_persistent_buffers_set
+    model.initialize_weights()
+    for name in computed:
+        buffer = model.get_buffer(name)
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise UnsupportedError(
+                f"{name}: transformers computes this buffer in a way that is not carried yet"
+            )
+    return model.eval()
+
+
+@contextmanager
+def borrowed(model: Any, trunk: Trunk) -> Iterator[None]:
+    """While the model runs, each of its layers has its weights, and only while it runs itself."""
+    handles = []
+    for unit, places in _units(model):
+        loan = _Loan(places, trunk)
+        handles.append(unit.register_forward_pre_hook(loan.lend))
+        handles.append(unit.register_forward_hook(loan.take_back, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Place(NamedTuple):
+    """Where a module holds a tensor: among its parameters or its buffers, and under what name."""
+
+    parameter: str  # its path in the model
+    tensors: dict[str, Any]
+    name: str
+
+
+class _Loan:
+    """The weights of one unit, in their places between `lend` and `take_back`."""
+
+    def __init__(self, places: list[_Place], trunk: Trunk) -> None:
+        self._places = places
+        self._trunk = trunk
+        self._before: list[Any] = []
+
+    def lend(self, *_: Any) -> None:
+        import torch
+
+        self._before = [one.tensors[one.name] for one in self._places]
+        for one in self._places:
+            weight = self._trunk.name(one.parameter)
+            values = torch.from_numpy(self._trunk.values(weight))
+            parameter = isinstance(one.tensors[one.name], torch.nn.Parameter)
+            one.tensors[one.name] = torch.nn.Parameter(values, False) if parameter else values
+
+    def take_back(self, *_: Any) -> None:
+        for one, before in zip(self._places, self._before, strict=True):
+            one.tensors[one.name] = before
+        self._before = []
+
+
+def _units(module: torch.nn.Module, path: str = "") -> Iterator[tuple[Any, list[_Place]]]:
+    """The modules whose weights are lent together, with the places of those.
+
+    The layers of a list are one unit each; what lies outside of lists is lent module by module.
+    """
+    import torch
+
+    prefix = f"{path}." if path else ""
+    if own := _own(module, prefix):
+        yield module, own
+    for name, child in module.named_children():
+        if isinstance(module, torch.nn.ModuleList):
+            inner = child.named_modules(prefix=prefix + name)
+            yield child, [place for below, one in inner for place in _own(one, f"{below}.")]
+        else:
+            yield from _units(child, prefix + name)
+
+
+def _own(module: torch.nn.Module, prefix: str) -> list[_Place]:
+    parameters, buffers = module._parameters, module._buffers
+    own = [_Place(prefix + name, parameters, name) for name in parameters]
+    own += [
+        _Place(prefix + name, buffers, name)
+        for name in buffers.keys() - module._non_persistent_buffers_set
+    ]
+    return [one for one in own if one.tensors[one.name] is not None]
+
+
+def _untouched(shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, count) * 4, flags=_FLAGS)
+    return torch.frombuffer(memory, dtype=torch.float32, count=count).reshape(shape)
+
+
+def _unset(buffer: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    found = torch.empty_like(buffer, device="cpu")
+    return found.fill_(float("nan")) if found.is_floating_point() else found.zero_()
