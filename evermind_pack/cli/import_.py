@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evermind_manifests.errors import LocationError, MissingExtraError
+from evermind_manifests.errors import InputError, LocationError, MissingExtraError
 from evermind_manifests.manifest import Card
+from evermind_manifests.staging import Staging
 
 from .export import check_text, print_result
 from .options import add_card, add_layout, add_output
-from .terminal import human_bytes, remark, seconds, stages
+from .terminal import Progress, human_bytes, remark, seconds, stages
 
 EXAMPLES = """\
   evermind-pack import ./OLMoE-1B-7B -o olmoe/
   evermind-pack import ./Mixtral-8x7B -o mixtral.zip --dtype f16
+  evermind-pack import allenai/OLMoE-1B-7B-0125 -o olmoe/ --revision main
   evermind-pack run olmoe/ --prompt "The capital of France" --budget 2GiB"""
 
 
@@ -26,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        type=Path,
-        help="a checkpoint folder on this machine: config.json, safetensors files, and "
-        "tokenizer.json where there is one",
+        help="a checkpoint folder on this machine (config.json, safetensors files, and "
+        "tokenizer.json where there is one), or the name of a model on a hub, as org/name",
+    )
+    parser.add_argument(
+        "--revision", help="a branch, tag or commit of a model on a hub (default: main)"
     )
     add_output(parser)
     parser.add_argument(
@@ -51,12 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, then say what was written."""
-    if not args.source.is_dir():
+    from evermind_exporters.huggingface.hub import is_model_id
+
+    local = Path(args.source)
+    if not local.is_dir() and not (is_model_id(args.source) and not local.exists()):
         raise LocationError(
-            f"{args.source}: expected a checkpoint folder",
-            hint="Download the model first; nothing is fetched from the network.",
+            f"{args.source}: expected a checkpoint folder, or a model's name as org/name"
         )
-    check_text(args, args.source.resolve().name)
+    if local.is_dir() and args.revision is not None:
+        raise InputError(
+            f"--revision {args.revision}: {args.source} is a folder, which has no revisions",
+            hint="Give a name as org/name that is no folder here.",
+        )
+    name = local.resolve().name if local.is_dir() else local.name
+    check_text(args, name)
     try:
         from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
     except ImportError as error:
@@ -67,12 +79,13 @@ def run(args: argparse.Namespace) -> int:
     options = ImportOptions(
         dtype=args.dtype,
         layout=args.layout,
-        name=args.name,
+        name=args.name or name,
         card=Card(
             description=args.description,
             license=args.license,
             author=args.author,
             tags=tuple(args.tag),
+            base_model=None if local.is_dir() else args.source,
         ),
         overwrite=args.force,
         restart=args.restart,
@@ -80,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     silent = args.quiet or args.json
     begin = time.monotonic()
     with _told_what_is_left(args), stages(quiet=silent) as (stage, advance):
-        result = import_checkpoint(args.source, args.output, options, progress=advance, stage=stage)
+        folder = local if local.is_dir() else _fetch(args, stage, advance)
+        result = import_checkpoint(folder, args.output, options, progress=advance, stage=stage)
     took = time.monotonic() - begin
     for note in result.notes:
         remark(f"note: {note}", quiet=silent)
@@ -96,6 +110,17 @@ def run(args: argparse.Namespace) -> int:
         {"parity": f"off by {result.parity_error:.1e} of the largest logit", "took": seconds(took)},
     )
     return 0
+
+
+def _fetch(args: argparse.Namespace, stage: Callable[[str], None], advance: Progress) -> Path:
+    """The folder with a hub's model, fetched once nothing here stands against the import."""
+    from evermind_exporters.huggingface.hub import fetch_checkpoint
+    from evermind_exporters.huggingface.trace import require_transformers
+
+    require_transformers()
+    Staging(args.output, overwrite=args.force).check_destination()
+    stage(f"fetching {args.source}")
+    return fetch_checkpoint(args.source, args.revision, progress=advance)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Staging:
                 self._make_parents()
                 self._take_lock()
                 self._recover()
-                self._check_destination()
+                self.check_destination()
         except BaseException:
             if self._scratch is not None and any(self._scratch.iterdir()):
                 self.leave()
@@ -191,7 +191,8 @@ class Staging:
         else:
             replaced.rename(self.destination)
 
-    def _check_destination(self) -> None:
+    def check_destination(self) -> None:
+        """Raise `ExportError` if something is there that may not be replaced."""
         place = self.destination
         if not os.path.lexists(place):
             return

@@ -126,22 +126,11 @@ class Checkpoint:
 
     def _index(self) -> dict[str, str] | None:
         """Tensor → file, or None where the folder has one file."""
-        path = self.folder / INDEX_NAME
-        if not path.is_file():
-            if not (self.folder / WEIGHTS_NAME).is_file():
-                raise CheckpointError(
-                    f"{self.folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found neither",
-                    hint="Only safetensors weights are read: pickled .bin files may run code.",
-                )
-            return None
-        listed = read_json(path).get("weight_map")
-        if (
-            not isinstance(listed, dict)
-            or not listed
-            or not all(isinstance(file, str) and is_plain(file) for file in listed.values())
-        ):
+        listed = read_index(self.folder)
+        if listed is None and not (self.folder / WEIGHTS_NAME).is_file():
             raise CheckpointError(
-                f"{path}: weight_map: expected tensors with the .safetensors files beside it"
+                f"{self.folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found neither",
+                hint="Only safetensors weights are read: pickled .bin files may run code.",
             )
         return listed
 
@@ -172,6 +161,23 @@ class Checkpoint:
                     f"{f'in {found}' if found else 'nowhere'}",
                     hint="Fetch the checkpoint again.",
                 )
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor → file as a folder's index has it, None without one. Raises `CheckpointError`."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return None
+    listed = read_json(path).get("weight_map")
+    if (
+        not isinstance(listed, dict)
+        or not listed
+        or not all(isinstance(file, str) and is_plain(file) for file in listed.values())
+    ):
+        raise CheckpointError(
+            f"{path}: weight_map: expected tensors with the .safetensors files beside it"
+        )
+    return listed
 
 
 def read_json(path: Path) -> dict[str, Any]:
