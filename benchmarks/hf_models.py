@@ -107,21 +107,20 @@ def write_gguf(folder: str, file: str, dims: dict[str, int]) -> None:
     writer.close()
 
 
-def expert_ranges(file: str) -> list[list[tuple[int, int]]]:
-    """For every expert in a GGUF file where its parts are: (offset, bytes) of each."""
+def expert_ranges(file: str) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Layer and expert → where its parts are in a GGUF file: (offset, bytes) of each."""
     import gguf
 
-    layers: dict[str, list[Any]] = {}
+    ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for tensor in gguf.GGUFReader(file).tensors:
-        if "_exps." in tensor.name:
-            layers.setdefault(tensor.name.split(".")[1], []).append(tensor)
-    experts = []
-    for tensors in layers.values():
-        count = int(tensors[0].shape[-1])
+        if "_exps." not in tensor.name:
+            continue
+        layer, count = int(tensor.name.split(".")[1]), int(tensor.shape[-1])
+        size = int(tensor.n_bytes) // count
         for expert in range(count):
-            sizes = [(int(one.data_offset), int(one.n_bytes) // count) for one in tensors]
-            experts.append([(offset + expert * size, size) for offset, size in sizes])
-    return experts
+            part = int(tensor.data_offset) + expert * size, size
+            ranges.setdefault((layer, expert), []).append(part)
+    return ranges
 
 
 def _gguf_tensors(

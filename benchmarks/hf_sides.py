@@ -7,6 +7,7 @@ last token, from an empty context on after `begin()`. `timed` is what a benchmar
 from __future__ import annotations
 
 import ctypes
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from .hf_models import expert_ranges
 from .memory_limit import MappedWeights, ReadFiles, enforced, mapped_bytes
 
 Array = np.ndarray[Any, Any]
+#: Layer and expert.
+Expert = Sequence[int]
 
 INSTALL = {
     "llama_cpp": "pip install llama-cpp-python==0.3.36 (a C++ compiler, and some minutes)",
@@ -72,17 +75,23 @@ class Side:
 
     def hold(self, limit: int) -> None:
         """From now on have no more than `limit` bytes of weights in memory."""
-        self._limit = limit
         self._held = enforced(limit, self.take_back)
         self._held.__enter__()
 
-    def timed(self, prompt: list[int], forced: list[int]) -> dict[str, float]:
+    def will_use(self, experts: Sequence[Expert]) -> None:
+        """What the next token is routed to, for one who takes back what is not in use."""
+
+    def timed(
+        self, prompt: list[int], forced: list[int], routes: list[list[Expert]] | None = None
+    ) -> dict[str, float]:
         """Seconds of a prompt and of decoding `forced` after it, and bytes held afterwards."""
         self.begin()
         started = time.perf_counter()
         self.prefill(prompt)
         prefilled = time.perf_counter()
-        for token in forced:
+        for at, token in enumerate(forced):
+            if routes is not None:
+                self.will_use(routes[at])
             self.decode(token)
         return {
             "prefill": prefilled - started,
@@ -122,8 +131,28 @@ class Ours(Side):
         self._state = self.model.new_state()
 
     def prefill(self, tokens: Sequence[int]) -> Array:
-        found = self.model.forward({"tokens": np.array(tokens)}, state=self._state)
-        return found["logits"][-1]
+        # As `generate` does it: the head of the model sees the last token alone.
+        self.model.forward({"tokens": np.array(tokens[:-1])}, state=self._state, outputs=[])
+        return self.decode(tokens[-1])
+
+    def routes(self, prompt: list[int], forced: list[int]) -> list[list[Expert]]:
+        """The layers and experts of every forced token."""
+        from evermind_runtime.trace import read_trace
+
+        self.begin()
+        self.prefill(prompt)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.jsonl"
+            self.model.trace(path)
+            for token in forced:
+                self.decode(token)
+            self.model.trace(None)
+            steps = read_trace(path).steps
+        layers = len(self.model.manifest.layers)
+        return [
+            [(step.layer, expert) for step in token for expert in step.tokens[0]]
+            for token in (steps[at : at + layers] for at in range(0, len(steps), layers))
+        ]
 
     def decode(self, token: int) -> Array:
         return self.model.decode({"tokens": np.array([token])}, self._state)["logits"][0]
@@ -172,10 +201,17 @@ class LlamaCpp(Side):
     def decode(self, token: int) -> Array:
         return self.prefill([token])
 
+    def hold(self, limit: int) -> None:
+        parts = expert_ranges(self._file)
+        self._weights = MappedWeights(self._file, parts, limit, self._mapped)
+        super().hold(limit)
+
+    def will_use(self, experts: Sequence[Expert]) -> None:
+        if self._weights is not None:
+            self._weights.use([(layer, expert) for layer, expert in experts])
+
     def take_back(self) -> int:
-        if self._weights is None:
-            parts = expert_ranges(self._file)
-            self._weights = MappedWeights(self._file, parts, self._limit, self._mapped)
+        assert self._weights is not None, "nothing is taken back before there is a limit"
         return self._weights.take_back()
 
 

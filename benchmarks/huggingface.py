@@ -111,14 +111,14 @@ def compare(
 ) -> dict[str, Found | str]:
     """Every way, or why it was not measured: logits compared with the first one's, then timed.
 
-    In interleaved rounds; but under a limit that a control group enforces one side after the
-    other, since what the others hold would count.
+    In interleaved rounds, each of other tokens; but under a limit that a control group enforces
+    one side after the other, since what the others hold would count.
     """
     results: dict[str, Found | str] = {}
     rng = np.random.default_rng(0)
-    forced, prompt, long = (
-        rng.integers(0, vocabulary, count).tolist() for count in (tokens, PROMPT, WARM_UP)
-    )
+    prompt, long = (rng.integers(0, vocabulary, count).tolist() for count in (PROMPT, WARM_UP))
+    forced = rng.integers(0, vocabulary, (1 + rounds, tokens)).tolist()
+    routes: list[Any] = [None] * (1 + rounds)
     there = []
     for way in ways:
         if how := missing(*way.needs):
@@ -135,19 +135,21 @@ def compare(
                 worker = stack.enter_context(Worker(target, threads=THREADS, **way.arguments))
                 workers.append(worker)
                 file, count = f"{folder}/logits.npy", tokens // way.tokens
-                opened = worker("logits", prompt=prompt, forced=forced[:count], file=file)
+                opened = worker("logits", prompt=prompt, forced=forced[0][:count], file=file)
                 found = np.load(file)
                 expected = found if expected is None else expected
                 one = results[way.name] = Found(opened)
                 one.error, one.same = _compared(found, expected)
                 assert one.error <= way.tolerance, (way.name, one.error)
                 if limit is not None:
+                    if routes[0] is None:  # the first way is ours
+                        routes = [worker("routes", prompt=prompt, forced=row) for row in forced]
                     worker("hold", limit=limit)
                     worker("timed", prompt=long, forced=[])
-            for _ in range(rounds):
+            for at in range(1, 1 + rounds):
                 for way, worker in zip(group, workers, strict=True):
-                    count = tokens // way.tokens
-                    timed = worker("timed", prompt=prompt, forced=forced[:count])
+                    row = forced[at][: tokens // way.tokens]
+                    timed = worker("timed", prompt=prompt, forced=row, routes=routes[at])
                     one = results[way.name]
                     assert isinstance(one, Found)
                     one.rounds.append(timed)

@@ -17,10 +17,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import random
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -135,37 +134,59 @@ class MappedWeights:
     """A file that a library of this process has mapped, of which `parts` may be dropped.
 
     What is counted is what the process has mapped of files (RssFile) beyond the `other` bytes it
-    had before the library opened this one, so that a reading is cheap. Parts are dropped in
-    random order: where each is needed as often as any other this keeps as useful ones as an
-    order by last use, and what is no part (all that every token needs) stays, which is kinder
-    than a kernel. Raises `OSError` if the file is not mapped.
+    had before the library opened this one, so that a reading is cheap. Parts go whole, those
+    first that `use` was told of longest ago; what is no part (all that every token needs) stays.
+    A kernel is less kind. Raises `OSError` if the file is not mapped.
     """
 
     def __init__(
-        self, path: str, parts: Sequence[Sequence[tuple[int, int]]], limit: int, other: int
+        self,
+        path: str,
+        parts: Mapping[Hashable, Sequence[tuple[int, int]]],
+        limit: int,
+        other: int,
     ) -> None:
         self._fd = os.open(path, os.O_RDONLY)
         self._base = _mapped_at(os.path.realpath(path))
-        self._parts = parts
         self._limit = limit
         self._other = other
-        self._random = random.Random(0)
+        # Guarded by `_lock`: parts in the order of their last use, those in memory, and where.
+        self._lock = threading.Lock()
+        self._parts = OrderedDict(parts)
+        self._dropped: set[Hashable] = set()
+
+    def use(self, keys: Sequence[Hashable]) -> None:
+        """These are in use now."""
+        with self._lock:
+            for key in keys:
+                self._parts.move_to_end(key)
+                self._dropped.discard(key)
 
     def take_back(self) -> int:
         """Drop what is beyond the limit; returns the bytes in memory before."""
         found = held = mapped_bytes() - self._other
-        for at in self._random.sample(range(len(self._parts)), len(self._parts)):
+        with self._lock:
+            candidates = [key for key in self._parts if key not in self._dropped]
+        for key in candidates:
             if held <= self._limit:
                 break
-            for offset, size in self._parts[at]:
-                begin = offset - offset % mmap.PAGESIZE
-                length = offset + size - begin
-                # The mapping first: pages that somebody has mapped stay in the page cache.
-                address = ctypes.c_void_p(self._base + begin)
-                _LIBC.madvise(address, ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-                os.posix_fadvise(self._fd, begin, length, os.POSIX_FADV_DONTNEED)
+            self._drop(key)
             held = mapped_bytes() - self._other
+        if held > self._limit:
+            # What is used was told too late, or read ahead beside its neighbours.
+            self._dropped.clear()
         return found
+
+    def _drop(self, key: Hashable) -> None:
+        with self._lock:
+            self._dropped.add(key)
+        for offset, size in self._parts[key]:
+            begin = offset - offset % mmap.PAGESIZE
+            length = offset + size - begin
+            # The mapping first: pages that somebody has mapped stay in the page cache.
+            address = ctypes.c_void_p(self._base + begin)
+            _LIBC.madvise(address, ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+            os.posix_fadvise(self._fd, begin, length, os.POSIX_FADV_DONTNEED)
 
 
 def mapped_bytes() -> int:
