@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# transformers' caches of layers that keep states of fixed shape.
-RECURRENT_CACHES = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
+# transformers' caches of layers that keep states of fixed shape, or, between others, nothing.
+RECURRENT_CACHES = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
 
 
 @contextmanager
@@ -29,6 +29,7 @@ def scanned_recurrences(model: Any) -> Iterator[None]:
     last = _LastState(Cache.get_recurrent_state)
     replaced: dict[str, Callable[..., Any]] = {
         "torch_chunk_gated_delta_rule": gated_delta_rule,
+        "chunk_kimi_delta_attention": gated_delta_rule,
         "mamba_selective_scan": last.selective_scan,
         "mamba2_chunk_scan": mamba2_scan,
     }
@@ -65,7 +66,8 @@ def gated_delta_rule(
 
     `query`, `key` `(1, T, key heads, Dk)`, `value` `(1, T, heads, Dv)`, `g` (logarithms of
     decays) and `beta` `(1, T, heads)`, state `(1, heads, Dk, Dv)`. Gives the output, of
-    `value`'s shape, and the new state. Each key head serves neighbouring value heads.
+    `value`'s shape, and the new state. Each key head serves neighbouring value heads. Kimi's
+    delta attention is the same with `g` `(1, T, heads, Dk)`.
     """
 
     q, k, v, decay, rate = (one[0].float() for one in (query, key, value, g, beta))
@@ -89,11 +91,11 @@ def gated_delta_rule(
         k[:, :, None],
         k[..., None],
         v[:, :, None],
-        decay.exp()[..., None, None],
+        decay.exp().reshape(*decay.shape[:2], -1, 1),
         rate[..., None, None],
     )
     state, rows = _scan(step, initial_state[0].float(), inputs)
-    return rows.transpose(1, 2).to(query.dtype), state[None]
+    return rows[:, :, 0][None].to(query.dtype), state[None]
 
 
 def mamba2_scan(
