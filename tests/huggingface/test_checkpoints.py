@@ -116,6 +116,20 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "package").exists()
 
 
+def test_a_cache_of_a_models_own_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+
+    from .tiny import ARCHITECTURES, make
+
+    layers = ["linear_attention", "full_attention"]
+    form = {**ARCHITECTURES["mixtral"], "head_dim": 8, "layer_types": layers}
+    make(tmp_path / "minimax", "minimax", form=form)
+    with pytest.raises(UnsupportedError, match="uses cache of its own"):
+        import_checkpoint(tmp_path / "minimax", tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
 def test_an_incomplete_checkpoint_is_refused(
     imported: Callable[[str], Imported], tmp_path: Path
 ) -> None:

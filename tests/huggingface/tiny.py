@@ -86,6 +86,32 @@ _SHARED = {
     "topk_group": 1,
     "head_dim": 8,
 }
+_DELTA = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+_KIMI = {
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}
 _MIXTRAL = ARCHITECTURES["mixtral"]
 #: As above; these take minutes together and are not part of an ordinary run.
 CARRIED: dict[str, dict[str, Any]] = {
@@ -130,19 +156,40 @@ CARRIED: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv"],
         "num_dense_layers": 1,
     },
-    "qwen3_next": {
-        "intermediate_size": 48,
+    "qwen3_next": {**_DELTA, "intermediate_size": 48, "num_experts_per_tok": 3},
+    "qwen3_5_moe_text": _DELTA,
+    "granitemoehybrid": {
+        **_MIXTRAL,
+        "shared_intermediate_size": 40,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 8,
+        "mamba_d_head": 16,
+        "mamba_chunk_size": 16,
+    },
+    "nemotron_h": {
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "head_dim": 8,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
         "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "moe_shared_expert_intermediate_size": 40,
+        "n_routed_experts": 8,
+    },
+    "kimi_linear": {**_KIMI, "linear_head_dim": 16, "linear_num_heads": 2},
+    "bailing_hybrid": {**_KIMI, "head_dim": 16, "n_group": 2, "topk_group": 1},
+    "zaya": {
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
         "head_dim": 16,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 24,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        "router_hidden_size": 16,
     },
 }
 CARRIED |= {
@@ -202,6 +249,8 @@ def make(
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             elif name.endswith("A_log"):  # slow decays, so that states outlive a few tokens
                 parameter.normal_(mean=-2.0, std=0.1)
+            elif name.endswith(".bias"):
+                parameter.normal_(std=0.1)
             else:
                 parameter.normal_(mean=1.0, std=0.1)
     model = model.to(getattr(torch, dtype))
