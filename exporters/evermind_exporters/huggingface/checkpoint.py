@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,13 @@ class Rows(NamedTuple):
         return shape[1:] if self.height is None else (self.height, *shape[1:])
 
 
+class Header(NamedTuple):
+    """What a safetensors file says: its tensors in the order of the file, and its metadata."""
+
+    tensors: dict[str, TensorRange]
+    metadata: dict[str, str]
+
+
 class Checkpoint:
     """The tensors of a folder. Nothing is held in memory but their places."""
 
@@ -67,6 +75,7 @@ class Checkpoint:
                 hint="Give a folder as `save_pretrained` writes it, or a model is downloaded to.",
             )
         self._files: dict[str, DiskFile] = {}
+        self._metadata: dict[str, dict[str, str]] = {}
         self._tensors: dict[str, tuple[str, TensorRange]] = {}
         listed = self._index()
         for file in sorted(set(listed.values())) if listed is not None else [WEIGHTS_NAME]:
@@ -106,6 +115,20 @@ class Checkpoint:
         size = ITEMSIZE[spec.dtype]
         data = self._files[file].read(spec.begin + begin * size, (end - begin) * size)
         return np.frombuffer(data, STORAGE[spec.dtype])
+
+    def headers(self) -> Iterator[tuple[str, Header]]:
+        """Every file by name, with its tensors as they are stored."""
+        for file in self._files:
+            tensors = {name: spec for name, (place, spec) in self._tensors.items() if place == file}
+            yield file, Header(tensors, self._metadata[file])
+
+    def index_metadata(self) -> dict[str, Any] | None:
+        """The `metadata` of the index file, if the checkpoint has one."""
+        path = self.folder / INDEX_NAME
+        if not path.is_file():
+            return None
+        found = read_json(path).get("metadata")
+        return found if isinstance(found, dict) else None
 
     def parameters(self) -> int:
         """Scalars in all tensors together."""
@@ -147,6 +170,7 @@ class Checkpoint:
         except IntegrityError as error:
             raise CheckpointError(f"{path}: not a safetensors file: {error.message}") from error
         self._files[file] = disk
+        self._metadata[file] = _metadata(disk.read(PREFIX_BYTES, length - PREFIX_BYTES))
         for name, spec in header.items():
             if name in self._tensors:
                 raise CheckpointError(f"{path}: {name}: stands in {self._tensors[name][0]} too")
@@ -192,6 +216,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _metadata(header: memoryview) -> dict[str, str]:
+    """Of a header that `read_header` has checked."""
+    found: dict[str, str] = json.loads(bytes(header)).get("__metadata__", {})
+    return found
 
 
 def is_plain(file: str) -> bool:

@@ -27,6 +27,7 @@ from evermind_manifests.manifest import (
 )
 from evermind_manifests.package import open_package
 from evermind_manifests.shard import shard_parts
+from evermind_manifests.source_map import SOURCE_NAME, encode_source
 from evermind_manifests.writer import PackageWriter, unfinished
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
@@ -36,6 +37,7 @@ from .cut import Cut, cut_graph
 from .expert_kinds import ExpertKinds
 from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
+from .origin import kept_file, kept_reader, source_map
 from .quiet import quiet
 from .reference import Reference, stored
 from .resident_file import resident_file, resident_reader
@@ -137,9 +139,13 @@ def import_checkpoint(
         tokens = np.random.default_rng(1).integers(0, package.vocabulary, _PARITY_TOKENS)
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
-        for path, data in {**package.files, PARITY_NAME: case}.items():
+        source = source_map(checkpoint, trunk.places(cut.weights), package.layers, layers)
+        added = {**package.files, PARITY_NAME: case, SOURCE_NAME: encode_source(source)}
+        for path, data in added.items():
             writer.add_file(path, data)
         writer.stream_file(RESIDENT_NAME, package.resident.parts(resident_reader(trunk, cut)))
+        if source.kept is not None:
+            writer.stream_file(source.kept, kept_file(source).parts(kept_reader(checkpoint)))
         tell("writing experts")
         parts = _shard_parts(kinds, layers, checkpoint, kept)
         write_shards(writer, parts, package.layers, kinds.blueprints, progress)
@@ -251,6 +257,7 @@ class _Draft:
             tokenizer=self.text.tokenizer,
             generation=self.text.generation,
             parity=PARITY_NAME,
+            source=SOURCE_NAME,
             card=self._options.card if self._options.card != Card() else None,
         )
 
