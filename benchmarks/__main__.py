@@ -35,6 +35,7 @@ NAMES = (
     "tokitai",
     "synapse",
     "huggingface",
+    "context",
 )
 NOTEBOOK = ROOT / "BENCHMARKS.md"
 
