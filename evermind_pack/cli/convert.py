@@ -70,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lossy",
         action="store_true",
-        help="write an imported checkpoint back although the import rounded it or left something "
-        "out",
+        help="write an imported checkpoint back although the import rounded it",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -139,7 +138,6 @@ def _restore(args: argparse.Namespace, package: Package) -> None:
     with progress("writing tensors", quiet=args.quiet or args.json, unit="bytes") as advance:
         done = restore_checkpoint(package, args.output, lossy=args.lossy, progress=advance)
     size = sum(one.bytes for one in done.files.values())
-    lossless = not (done.rounded or done.missing)
     if args.json:
         print_json(
             {
@@ -149,24 +147,23 @@ def _restore(args: argparse.Namespace, package: Package) -> None:
                 "bytes": size,
                 "sha256": {name: one.sha256 for name, one in done.files.items()},
                 "tensors": done.tensors,
-                "lossless": lossless,
+                "lossless": not done.rounded,
                 "rounded": list(done.rounded),
-                "missing": list(done.missing),
             }
         )
         return
     if args.quiet:
         return
-    rows = {
-        "written": f"{args.output}  ({human_bytes(size)} in {len(done.files)} files)",
-        "family": package.manifest.family,
-        "tensors": f"{done.tensors:,}, bit by bit those of the checkpoint"
-        if lossless
-        else f"{done.tensors:,}, of which {len(done.rounded):,} are rounded",
-    }
-    if done.missing:
-        rows["missing"] = ", ".join(done.missing)
-    print_table(rows)
+    told = "bit by bit those of the checkpoint"
+    if done.rounded:
+        told = f"of which {len(done.rounded):,} are as the import rounded them"
+    print_table(
+        {
+            "written": f"{args.output}  ({human_bytes(size)} in {len(done.files)} files)",
+            "family": package.manifest.family,
+            "tensors": f"{done.tensors:,}, {told}",
+        }
+    )
 
 
 def _print_result(args: argparse.Namespace, family: str, files: Mapping[str, bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -270,6 +271,27 @@ def test_a_checkpoint_that_is_none_is_one_error(
     assert message in found["message"]
     assert "\n" not in found["message"]
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("name", "times"), [("p", 1), ("p.zip", 2)])
+def test_a_disk_that_is_too_small_is_told_at_once(
+    checkpoint: Path,
+    done: Run,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    times: int,
+) -> None:
+    weights = json.loads(done.out)["expert_bytes"] * times
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, weights))
+    code, _, err = call(capsys, "import", checkpoint, "-o", tmp_path / name)
+    assert code == 1
+    found = re.search(r"the disk is too full: ([\d,]+) bytes are needed, ([\d,]+) are free", err)
+    assert found is not None
+    needed, free = (int(one.replace(",", "")) for one in found.groups())
+    assert free == weights < needed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_of_usage(checkpoint: Path, done: Run, tmp_path: Path, capsys: Any) -> None:

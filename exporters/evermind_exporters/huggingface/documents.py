@@ -1,47 +1,63 @@
 """A checkpoint's small files: carried as they are, so that it can be had back.
 
-What a package needs to run stands in its manifest; these copies are read by nothing but
-`convert --to hf`.
+What a package needs to run stands in its manifest. Files that it keeps unchanged anyway are not
+carried twice; of the others a copy lies in a folder that only `convert --to hf` reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from evermind_manifests.location import read_head
 
+from .chat_templates import TEMPLATES_FOLDER, TOKENIZER_CONFIG_NAME
 from .checkpoint import CONFIG_NAME
+from .generation_config import GENERATION_NAME
+from .text import TOKENIZER_NAME
 
 DOCUMENTS_FOLDER: Final = "source/"
-#: Beside weights, tokenizer.json and what lists them.
-DOCUMENTS: Final = (
-    CONFIG_NAME,
-    "generation_config.json",
-    "tokenizer_config.json",
+#: What a package has at its top under the checkpoint's own name.
+SHARED: Final = (
+    GENERATION_NAME,
+    TOKENIZER_NAME,
+    TOKENIZER_CONFIG_NAME,
     "special_tokens_map.json",
+)
+#: All that is carried.
+DOCUMENTS: Final = (
+    *SHARED,
+    CONFIG_NAME,
     "added_tokens.json",
     "vocab.json",
     "chat_template.json",
     "chat_template.jinja",
-    "README.md",
 )
-# What may stand beside them and no package may hold.
-_OTHERS: Final = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+#: What tokenizers may be made of too; no package may hold files of these kinds.
+VOCABULARIES: Final = (
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "tiktoken.model",
+    "spiece.model",
+)
 _MOST_BYTES: Final = 64 << 20
 
 
-def read_documents(folder: Path) -> dict[str, bytes]:
-    """Package path → bytes, of those that the checkpoint has."""
+def read_documents(folder: Path, held: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Package path → bytes of what the checkpoint has and the package's files `held` have not."""
     found = {}
-    for name in DOCUMENTS:
+    templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    for name in (*DOCUMENTS, *(f"{TEMPLATES_FOLDER}/{path.name}" for path in templates)):
         path = folder / name
         data = read_head(path, _MOST_BYTES + 1) if path.is_file() else None
-        if data is not None and len(data) <= _MOST_BYTES:
-            found[f"{DOCUMENTS_FOLDER}{name}"] = data
+        if data is None or len(data) > _MOST_BYTES or (name in SHARED and held.get(name) == data):
+            continue
+        found[f"{DOCUMENTS_FOLDER}{name}"] = data
     return found
 
 
 def left_out(folder: Path) -> list[str]:
-    """The names of files that a tokenizer may be made of and a package does not hold."""
-    return [name for name in _OTHERS if (folder / name).is_file()]
+    """The names of files beside the weights that the package does not hold."""
+    return [name for name in VOCABULARIES if (folder / name).is_file()]

@@ -24,8 +24,9 @@ from evermind_manifests.errors import (
     OfflineError,
 )
 
+from .chat_templates import TEMPLATES_FOLDER
 from .checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_index
-from .documents import DOCUMENTS
+from .documents import DOCUMENTS, VOCABULARIES
 from .text import TOKENIZER_NAME
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -53,28 +54,30 @@ def fetch_checkpoint(
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "hf", "Fetching a model by its name") from error
 
-    def fetch(commit: str | None, names: list[str]) -> Path:
+    def fetch(commit: str | None, patterns: list[str]) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 model,
                 revision=commit,
-                allow_patterns=[glob.escape(name) for name in names],
+                allow_patterns=patterns,
                 library_name="evermind-pack",
                 tqdm_class=_bar_type(progress),
             )
         )
 
     with _as_our_errors(model, revision), _silent():
-        folder = fetch(revision, [*DOCUMENTS, TOKENIZER_NAME, INDEX_NAME])
+        folder = fetch(revision, [*DOCUMENTS, f"{TEMPLATES_FOLDER}/*.jinja", INDEX_NAME])
         if not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(
                 f"{model}: expected a model with a {CONFIG_NAME}, found none",
                 hint="It may be of another library, or hold no model.",
             )
         listed = read_index(folder)
-        # By the commit found above: the branch may move meanwhile.
         names = [WEIGHTS_NAME] if listed is None else sorted(set(listed.values()))
-        return fetch(folder.name, names)
+        if not (folder / TOKENIZER_NAME).is_file():
+            names += VOCABULARIES
+        # By the commit found above: the branch may move meanwhile.
+        return fetch(folder.name, [glob.escape(name) for name in names])
 
 
 @contextmanager

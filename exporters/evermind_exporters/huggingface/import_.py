@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+from evermind_manifests.dtypes import tensor_bytes
 from evermind_manifests.errors import ConfigError, ExportError
 from evermind_manifests.manifest import (
     RESIDENT_NAME,
@@ -34,6 +36,7 @@ from ..export import Progress, ShardPart, add_kinds, write_shards
 from ..parity import PARITY_NAME, encode_case
 from .checkpoint import CONFIG_NAME, Checkpoint, read_json
 from .cut import Cut, cut_graph
+from .documents import left_out, read_documents
 from .expert_kinds import ExpertKinds
 from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
@@ -127,6 +130,7 @@ def import_checkpoint(
             trunk = Trunk(empty, modules, checkpoint, wanted)
             model = skeleton(empty, modules, trunk)
         kept = _resume(writer, checkpoint, options, tell, progress)
+        _check_space(writer, kinds, modules, trunk)
         tell("tracing the model")
         with quiet():
             program = trace(model, modules, trunk.names)
@@ -151,7 +155,7 @@ def import_checkpoint(
         write_shards(writer, parts, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
         digest = writer.finish(package.manifest(), lambda folder: errors.append(_check(folder)))
-        return ImportResult(digest, model.config.model_type, errors[0], package.text.notes)
+        return ImportResult(digest, model.config.model_type, errors[0], tuple(package.notes))
 
 
 def _resume(
@@ -173,6 +177,25 @@ def _resume(
         "transformers": metadata.version("transformers"),
     }
     return writer.resume(key, restart=options.restart, progress=progress)
+
+
+def _check_space(
+    writer: PackageWriter, kinds: ExpertKinds, modules: Sequence[ExpertsModule], trunk: Trunk
+) -> None:
+    """Raise `ExportError` now where the disk could not take the weights in the end."""
+    layouts = [kinds.blueprints[kind].layout for kind in kinds.of]
+    needed = sum(one.experts * layout.bytes for one, layout in zip(modules, layouts, strict=True))
+    needed += sum(tensor_bytes(one.dtype, one.shape) for one in trunk.weights.values())
+    if writer.destination.suffix == ".zip":
+        needed *= 2  # the files, and then one file of them all
+    needed -= writer.shard_bytes
+    free = shutil.disk_usage(writer.destination.parent).free
+    if needed > free:
+        raise ExportError(
+            f"{writer.destination}: the disk is too full: {needed:,} bytes are needed, {free:,} "
+            "are free",
+            hint="Free some space, or choose another disk.",
+        )
 
 
 def _check(folder: Path) -> float:
@@ -231,6 +254,10 @@ class _Draft:
             if path not in self.files:
                 self.files[path] = kinds.fused(layer.kind, layer.top_k)
         self.files |= self.text.files
+        self.files |= read_documents(checkpoint.folder, self.text.files)
+        self.notes = [*self.text.notes]
+        if lost := left_out(checkpoint.folder):
+            self.notes.append(f"{', '.join(lost)}: not carried, so that no way back has them")
 
     def manifest(self) -> Manifest:
         """The manifest without `files` and `shards`."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -42,8 +42,7 @@ from evermind_manifests.source_map import (
 from evermind_manifests.staging import Staging
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME, is_plain
-from .documents import DOCUMENTS_FOLDER
-from .text import TOKENIZER_NAME
+from .documents import DOCUMENTS_FOLDER, SHARED
 
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -61,15 +60,11 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What was written, by file; and which tensors are not those of the checkpoint.
-
-    `rounded` are written as the package stores them, `missing` not at all.
-    """
+    """What was written, by file; and which tensors are `rounded`: as the package stores them."""
 
     files: dict[str, Written]
     tensors: int
     rounded: tuple[str, ...]
-    missing: tuple[str, ...]
 
 
 def restore_checkpoint(
@@ -82,29 +77,30 @@ def restore_checkpoint(
     """Write the folder that `package` was imported from: weights, config, tokenizer.
 
     Every tensor is the checkpoint's, bit by bit. A package that does not hold them so (experts
-    rounded by the import's `dtype`) is refused, unless `lossy`. `progress(done, total)` counts
-    bytes. Raises `ConfigError` for a package that has no way back, `ExportError` where the
-    folder exists or cannot be written, `IntegrityError` for a damaged package; then nothing is
-    left behind.
+    rounded by the import's `dtype`) is refused, unless `lossy`; one of a quantised checkpoint is
+    always. `progress(done, total)` counts bytes. Raises `ConfigError` for a package that has no
+    way back, `ExportError` where the folder exists or cannot be written, `IntegrityError` for a
+    damaged package; then nothing is left behind.
     """
     if os.path.lexists(destination):
         raise ExportError(
             f"{destination}: exists already", hint="Choose another name, or remove it."
         )
     source = _Source(package)
-    rounded, missing = source.losses()
-    if (rounded or missing) and not lossy:
+    rounded = source.rounded()
+    if rounded and not lossy:
         raise ConfigError(
-            f"{package.location}: {_told(rounded, missing)}",
-            hint="The checkpoint cannot be had back bit by bit. --lossy writes what there is.",
+            f"{package.location}: {len(rounded):,} of {len(source.map.tensors):,} tensors were "
+            f"rounded by the import, {rounded[0]} among them",
+            hint="Import with --dtype keep for a way back bit by bit, or give --lossy.",
         )
     staging = Staging(destination, overwrite=False)
     staging.claim()
     try:
         staging.clear()
         done, files = 0, {}
-        lost, coarse = frozenset(missing), frozenset(rounded)
-        total = source.bytes(lost)
+        coarse = frozenset(rounded)
+        total = source.bytes()
 
         def told(count: int) -> None:
             nonlocal done
@@ -113,26 +109,16 @@ def restore_checkpoint(
                 progress(done, total)
 
         for name, file in source.map.files.items():
-            kept = [one for one in file.tensors if one not in lost]
-            header = _header(source, file, kept, coarse)
-            chunks = (chunk for one in kept for chunk in source.chunks(one, one in coarse))
+            header = _header(source, file, coarse)
+            chunks = (chunk for one in file.tensors for chunk in source.chunks(one, one in coarse))
             files[name] = _write(staging, name, header, chunks, told)
-        for name, data in _documents(package, source.map, lost).items():
+        for name, data in _documents(package, source.map).items():
             files[name] = _write(staging, name, data, iter(()), told)
         staging.publish(staging.folder)
     except BaseException:
         staging.discard()
         raise
-    return Restored(files, len(source.map.tensors) - len(missing), rounded, missing)
-
-
-def _told(rounded: Sequence[str], missing: Sequence[str]) -> str:
-    parts = []
-    if rounded:
-        parts.append(f"{len(rounded):,} tensors were rounded by the import, as {rounded[0]}")
-    if missing:
-        parts.append(f"{len(missing):,} tensors are not in the package, as {missing[0]}")
-    return "; ".join(parts)
+    return Restored(files, len(source.map.tensors), rounded)
 
 
 class _Source:
@@ -162,8 +148,8 @@ class _Source:
             raise ManifestError(f"{manifest.source}: {problems[0]}")
         self._shards = _Shards(package)
 
-    def stored(self, name: str) -> DType | None:
-        """What the package stores a tensor as; None where it does not."""
+    def _stored(self, name: str) -> DType:
+        """What the package stores a tensor as."""
         one = self.map.tensors[name]
         if one.kept:
             return one.dtype
@@ -171,33 +157,39 @@ class _Source:
             found = {self._resident[part].dtype for part in one.resident}
         else:
             found = {self._shards.spec(part).dtype for part in one.shards}
-        if len(found) > 1:
+        if len(found) != 1:
             raise ManifestError(f"tensors[{name!r}]: expected one dtype, found {sorted(found)}")
-        return found.pop() if found else None
+        return found.pop()
 
-    def losses(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names of tensors that are stored with less than their bits, and not at all."""
-        rounded, missing = [], []
-        for name, one in self.map.tensors.items():
-            stored = self.stored(name)
-            if stored is None:
-                missing.append(name)
-            elif stored != one.dtype and (stored, one.dtype) not in _EXACT:
-                rounded.append(name)
-        return tuple(rounded), tuple(missing)
+    def rounded(self) -> tuple[str, ...]:
+        """The names of tensors that are stored with less than their bits.
+
+        Raises `ConfigError` if some are not stored at all.
+        """
+        missing = [
+            name
+            for name, one in self.map.tensors.items()
+            if not (one.kept or one.resident or one.shards)
+        ]
+        if missing:
+            raise ConfigError(
+                f"{self._package.location}: {len(missing):,} of {len(self.map.tensors):,} tensors "
+                f"of the checkpoint are not in the package, {missing[0]} among them",
+                hint="It was quantised: the package has the numbers that its codes stand for.",
+            )
+        return tuple(
+            name
+            for name, one in self.map.tensors.items()
+            if (stored := self._stored(name)) != one.dtype and (stored, one.dtype) not in _EXACT
+        )
 
     def dtype(self, name: str, *, rounded: bool) -> DType:
         """What a tensor is written as: its own dtype, or, `rounded`, the package's."""
-        one = self.map.tensors[name]
-        return (self.stored(name) or one.dtype) if rounded else one.dtype
+        return self._stored(name) if rounded else self.map.tensors[name].dtype
 
-    def bytes(self, lost: Collection[str]) -> int:
-        """Of all tensors but those that are lost, about."""
-        return sum(
-            ITEMSIZE[one.dtype] * math.prod(one.shape)
-            for name, one in self.map.tensors.items()
-            if name not in lost
-        )
+    def bytes(self) -> int:
+        """Of all tensors, as they were."""
+        return sum(ITEMSIZE[one.dtype] * math.prod(one.shape) for one in self.map.tensors.values())
 
     def chunks(self, name: str, rounded: bool) -> Iterator[memoryview]:
         """A tensor's bytes, in order."""
@@ -324,13 +316,11 @@ def _tensors(package: Package, path: str | None) -> dict[str, TensorRange]:
     return read_header(bytes(head), path, size=entry.bytes)
 
 
-def _header(
-    source: _Source, file: SourceFile, names: Sequence[str], rounded: Collection[str]
-) -> bytes:
+def _header(source: _Source, file: SourceFile, rounded: Collection[str]) -> bytes:
     """A safetensors file's head: the length of the JSON, and it, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": file.metadata} if file.metadata else {}
     position = 0
-    for name in names:
+    for name in file.tensors:
         dtype = source.dtype(name, rounded=name in rounded)
         shape = source.map.tensors[name].shape
         end = position + ITEMSIZE[dtype] * math.prod(shape)
@@ -353,8 +343,10 @@ def _write(
     told: Callable[[int], None],
 ) -> Written:
     digest, size = hashlib.sha256(head), len(head)
-    with staging.disk(len(head)):
-        file = (staging.folder / name).open("xb")
+    path = staging.folder / name
+    with staging.disk(0):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        file = path.open("xb")
     with file:
         with staging.disk(len(head)):
             file.write(head)
@@ -369,25 +361,16 @@ def _write(
     return Written(size, digest.hexdigest())
 
 
-def _documents(package: Package, source: SourceMap, lost: Collection[str]) -> dict[str, bytes]:
+def _documents(package: Package, source: SourceMap) -> dict[str, bytes]:
     """Every file but weights: as the checkpoint had it where the package keeps it so."""
     config = json.dumps(package.manifest.config, indent=2, ensure_ascii=False) + "\n"
     found = {CONFIG_NAME: config.encode()}
-    tokenizer = package.manifest.tokenizer
-    if tokenizer is not None and tokenizer.file is not None:
-        found[TOKENIZER_NAME] = package.read_file(tokenizer.file)
     for path in package.manifest.files:
-        if path.startswith(DOCUMENTS_FOLDER) and "/" not in path.removeprefix(DOCUMENTS_FOLDER):
-            found[path.removeprefix(DOCUMENTS_FOLDER)] = package.read_file(path)
+        name = path.removeprefix(DOCUMENTS_FOLDER)
+        if path in SHARED or path != name:
+            found[name] = package.read_file(path)
     if source.index is not None or len(source.files) > 1:
-        index = {
-            "metadata": source.index or {},
-            "weight_map": {
-                name: file
-                for file, one in source.files.items()
-                for name in one.tensors
-                if name not in lost
-            },
-        }
+        places = {name: file for file, one in source.files.items() for name in one.tensors}
+        index = {"metadata": source.index or {}, "weight_map": places}
         found[INDEX_NAME] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     return found
