@@ -68,7 +68,8 @@ class _BoundStep:
 class _BoundExperts:
     """An experts step: the kind's graph with one token bound, and what it is bound to now.
 
-    `ids`, `gates` and `y` are bound buffers, `output` is what one expert gives.
+    `ids`, `gates` and `y` are bound buffers, `output` is what one expert gives; `outputs` has
+    room for what all of a token's give.
     """
 
     step: ExpertsStep
@@ -79,9 +80,11 @@ class _BoundExperts:
     gates: Array
     y: Array
     output: Array
+    outputs: Array
     names: tuple[str, ...]
     growing: list[tuple[str, str]]
     bound: Slot | None = None
+    guesses: list[_BoundGuess] = field(default_factory=list)
 
 
 class BoundDecode:
@@ -166,10 +169,7 @@ class BoundDecode:
             with pager.acquire(step.layer, ids) as slots:
                 if at:
                     slots = [slots[place] for place in at]
-                for guess in step.guesses:
-                    if pager.guesses(guess.layer):
-                        run_graph(guess.graph, guess.session, guess.binding)
-                        pager.guess(guess.layer, guess.ids[0].tolist())
+                self._guess(step)
                 self._rebind(step, slots)
                 run_graph(step.graph, step.session, step.binding)
         self._engine.finite.check(self._checked[state.side])
@@ -191,26 +191,43 @@ class BoundDecode:
         self._moves = state.moves
 
     def _run_experts(self, step: _BoundExperts) -> None:
-        """As `run_program` does it: in ascending order, without those whose gate is 0."""
+        """As `run_program` does it, without those whose gate is 0.
+
+        What is at hand runs while others are read; all is added up in ascending order.
+        """
         engine, layer = self._engine, step.step.layer
+        pager = engine.pager
         ids: list[int] = step.ids.tolist()[0]
         if len(ids) > 1 or ids[0] < 0:
             checked_ids(step.step, step.ids)
         gates: list[float] = step.gates.tolist()[0]
-        chosen = [(e, gate) for e, gate in zip(ids, gates, strict=True) if gate != 0 and e >= 0]
-        experts = [expert for expert, _ in chosen]
-        engine.pager.routed(layer, [experts])
+        chosen = {e: gate for e, gate in zip(ids, gates, strict=True) if gate != 0 and e >= 0}
+        pager.routed(layer, [list(chosen)])
         step.y[...] = 0
         if not chosen:
             return
-        engine.counts.routed_one(layer, experts, [gate for _, gate in chosen])
-        for expert, gate in sorted(chosen):
-            with engine.pager.acquire(layer, [expert]) as (slot,):
-                if step.bound is not slot:
-                    slot.bind(step.binding, step.names, engine.kinds[layer])
-                    step.bound = slot
-                run_graph(step.graph, step.session, step.binding)
-            step.y += np.float32(gate) * step.output
+        engine.counts.routed_one(layer, list(chosen), list(chosen.values()))
+        in_order = sorted(chosen)
+        groups = pager.expect(layer, in_order)
+        self._guess(step)
+        for group in groups:
+            with pager.acquire(layer, group) as slots:
+                for expert, slot in zip(group, slots, strict=True):
+                    if step.bound is not slot:
+                        slot.bind(step.binding, step.names, engine.kinds[layer])
+                        step.bound = slot
+                    run_graph(step.graph, step.session, step.binding)
+                    step.outputs[in_order.index(expert)] = step.output[0]
+        for place, expert in enumerate(in_order):
+            step.y += np.float32(chosen[expert]) * step.outputs[place]
+
+    def _guess(self, step: _BoundStep | _BoundExperts) -> None:
+        """Have read what later layers will probably need, while this step's experts run."""
+        pager = self._engine.pager
+        for guess in step.guesses:
+            if pager.guesses(guess.layer):
+                run_graph(guess.graph, guess.session, guess.binding)
+                pager.guess(guess.layer, guess.ids[0].tolist())
 
     def _rebind(self, step: _BoundStep, slots: list[Slot]) -> None:
         for position, slot in enumerate(slots):
@@ -238,17 +255,13 @@ class BoundDecode:
         missing = set(guess.inputs.values()) - self._engine.manifest.plan.state.keys()
         missing -= self._engine.manifest.plan.inputs.keys()
         for at, step in enumerate(steps):
-            if isinstance(step, ExpertsStep):
-                missing.discard(step.y)
-                continue
-            if step.experts is not None and not missing:
-                if step.experts.layer != guess.layer:
+            experts = step if isinstance(step, ExpertsStep) else step.experts
+            if experts is not None and not missing:
+                if experts.layer != guess.layer:
                     for side in (0, 1):
-                        bound = self._sides[side][at]
-                        assert isinstance(bound, _BoundStep)
-                        bound.guesses.append(self._bind_guess(guess, side))
+                        self._sides[side][at].guesses.append(self._bind_guess(guess, side))
                 return
-            missing -= set(step.outputs.values())
+            missing -= {step.y} if isinstance(step, ExpertsStep) else set(step.outputs.values())
 
     def _bind_guess(self, guess: Guess, side: int) -> _BoundGuess:
         session = self._engine.sessions.get(guess.graph)
@@ -293,6 +306,7 @@ class BoundDecode:
             read[step.gates],
             self._values[step.y],
             output,
+            np.zeros((read[step.ids].shape[1], output.shape[1]), dtype=np.float32),
             tuple(spec.name for spec in kind.tensors),
             growing,
         )

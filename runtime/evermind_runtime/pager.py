@@ -123,6 +123,8 @@ class Pager:
         self._demands = 0
         # What was read ahead, by layer, and is kept until the layer's step needs it.
         self._held: dict[int, set[ExpertKey]] = {}
+        # Of that, what was missing as its layer's step began.
+        self._missed: defaultdict[int, set[ExpertKey]] = defaultdict(set)
         # What the last guess for a layer has reading, and how guesses have done. With all
         # experts resident there is nothing to guess.
         self._guessed: dict[int, dict[ExpertKey, Job]] = {}
@@ -151,6 +153,7 @@ class Pager:
                     self.recorder(layer, tokens)
                 if self._held:
                     self._held.pop(layer, None)
+                    self._missed.pop(layer, None)
                 if guessed := self._guessed.pop(layer, None):
                     self._resolve(layer, guessed, tokens)
         except BaseException:
@@ -196,6 +199,18 @@ class Pager:
             with self._lock:
                 self._held.pop(layer, None)
 
+    def expect(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
+        """The groups in which to acquire these experts: all that are there, then one by one.
+
+        What is missing is read meanwhile, where reading takes time.
+        """
+        resident = self._table.resident
+        missing = [expert for expert in experts if (layer, expert) not in resident]
+        if missing and self._cached < _CACHED_READS:
+            self.read_ahead(layer, experts)
+        there = [expert for expert in experts if expert not in missing]
+        return [*([there] if there else []), *([expert] for expert in missing)]
+
     def read_ahead(
         self,
         layer: int,
@@ -226,6 +241,8 @@ class Pager:
                     job = self._begin([(key, slot)], wanted=False, guess=guess)
                     if guess:
                         self._guessed.setdefault(layer, {})[key] = job
+                    else:
+                        self._missed[layer].add(key)
                     (self._guesses if guess else self._later).append(job)
                     self._readers.wake(self._work)
         except BaseException:
@@ -293,14 +310,17 @@ class Pager:
 
     def _used(self, keys: Sequence[ExpertKey], missing: Collection[ExpertKey]) -> list[Slot]:
         """A step has its experts: tell the policy and the counters."""
+        read = self._missed.get(keys[0][0], ())
+        misses = 0
         for key in keys:
             self._policy.touched(key)
-            if key in missing:
+            if key in missing or key in read:
                 self.pages[key].misses += 1
+                misses += 1
             else:
                 self.pages[key].hits += 1
-        self.counters.misses += len(missing)
-        self.counters.hits += len(keys) - len(missing)
+        self.counters.misses += misses
+        self.counters.hits += len(keys) - misses
         if held := self._held.get(keys[0][0]):
             held.difference_update(keys)
         return [self._table.resident[key] for key in keys]
@@ -440,7 +460,7 @@ class Pager:
             proceed = (lambda: self._proceeds(job)) if job.guess and not job.wanted else None
             waits = (lambda: self._call_readers(others)) if self._readers else None
             self.reader.fill(job.keys, job.slots, job.read, proceed, waits)
-            self._cached += job.wanted
+            self._cached += not job.guess
         except BaseException as caught:
             error = caught
             raise

@@ -132,6 +132,8 @@ def _results(package: Package, path: str) -> Iterator[tuple[str, float, str | No
     # One token's experts are enough to compute anything, however large the package.
     budget = token_cycle_bytes(package.manifest)
     model = Model(package, budget=budget, device="cpu", threads=None, verify="first")
+    # Other runtimes run the fused steps, whatever this one does with large experts.
+    model._engine.decode = package.manifest.plan.decode
     for number, (inputs, outputs, tolerance) in enumerate(cases):
         for program in programs:
             where = f"case {number}, {program}"

@@ -45,8 +45,14 @@ class Engine:
         resident: Resident,
         pager: Pager,
         pools: Pools | None = None,
+        *,
+        one_by_one: bool = False,
     ) -> None:
-        """With `pools`, the pooled programs run and the pager only counts."""
+        """With `pools`, the pooled programs run and the pager only counts.
+
+        Experts that decode `one_by_one` are steps of their own, as in prefill: those at hand
+        run while others are read. A fused step waits for all.
+        """
         self.manifest = manifest
         self.sessions = sessions
         self.resident = resident
@@ -62,6 +68,8 @@ class Engine:
         #: The program for any number of tokens, and the one for one token.
         self.prefill: Sequence[Step] = pooled.prefill if pooled else plan.prefill
         self.decode: Sequence[Step] = pooled.decode if pooled else plan.decode
+        if pooled is None and one_by_one:
+            self.decode = plan.prefill
         self._routes = routes(plan)
         self._weights: dict[str, ort.OrtValue] = {}
 
