@@ -34,6 +34,7 @@ FOREIGN = {
         "numpy",
         "onnx",
         "onnx_ir",
+        "onnxscript",
         "safetensors",
         "tokenizers",
         "torch",
