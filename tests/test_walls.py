@@ -29,6 +29,7 @@ FOREIGN = {
         "urllib3",
     },
     "evermind_exporters": {
+        "huggingface_hub",
         "ml_dtypes",
         "msgspec",
         "numpy",
@@ -38,6 +39,7 @@ FOREIGN = {
         "safetensors",
         "tokenizers",
         "torch",
+        "tqdm",
         "transformers",
     },
     "evermind_pack": {
