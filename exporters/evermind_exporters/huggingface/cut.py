@@ -1,8 +1,9 @@
 """Cut transformers' exported graph at its experts: one segment before, between and after them.
 
 A segment takes what earlier ones computed from named values of the plan. What depends on
-positions and lengths alone (masks, rotations) is computed in every segment that needs it, since
-its shape may vary with the state's length, which a value between two steps may not.
+positions and lengths alone (masks, rotations) is computed by the first one, unless its shape varies
+with the state's length, which a value between two steps may not: then every segment that needs it
+computes it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
 from ..resident import Stored
-from .nodes import domains, rename, strip, taken
+from .nodes import domains, join_reshapes, rename, strip, taken
 from .opaque import DOMAIN, OPERATOR
-from .states import LOGITS, PAST, TOKENS, plan_states, state_out, with_plan_values
+from .states import LOGITS, PAST, POSITION_DIMS, TOKENS, plan_states, state_out, with_plan_values
 from .trunk import Trunk
 from .weights import weigh
 
@@ -114,11 +115,14 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     rename(nodes, weights)
     states = plan_states(inputs, outputs, nodes, limit)
     shaped = with_plan_values(nodes, states, constants)
+    join_reshapes(shaped, constants)
     opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
     opsets.pop(DOMAIN, None)
     opsets.setdefault("com.microsoft", 1)
     given = constants.keys() | weights.values()
-    segments, experts = _split(shaped, [LOGITS, *map(state_out, states.specs)], given)
+    known = _known_dims(graph, inputs["input_ids"][1]) | POSITION_DIMS
+    steady = {name for name, dims in known.items() if dims and None not in dims}
+    segments, experts = _split(shaped, [LOGITS, *map(state_out, states.specs)], given, steady)
     stored = trunk.weights
     used = {name for segment in segments for name in segment.constants} - constants.keys()
     cut = Cut(
@@ -135,7 +139,6 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     cut.values[PAST] = Value(7, (1,))
     for name, spec in states.specs.items():
         cut.values[name] = Value(1, spec.shape)
-    known = _known_dims(graph, inputs["input_ids"][1])
     for number, segment in enumerate(segments):
         cut.values |= _output_types(cut, segment, known)
         if number < len(experts):
@@ -144,10 +147,17 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
 
 
 def _split(
-    nodes: list[onnx.NodeProto], wanted: Sequence[str], constants: Container[str]
+    nodes: list[onnx.NodeProto],
+    wanted: Sequence[str],
+    constants: Container[str],
+    steady: Container[str],
 ) -> tuple[list[Segment], list[ExpertsNode]]:
-    """Segments and the experts between them, in order."""
+    """Segments and the experts between them, in order.
+
+    The shapes of `steady` values vary with the tokens of one call alone.
+    """
     stages, experts = _stages(nodes)
+    varying = _varying(nodes, constants)
     producer = {name: node for node in nodes for name in node.output if name}
     count = len(experts) + 1
     demanded: list[dict[str, None]] = [{} for _ in range(count)]
@@ -181,6 +191,9 @@ def _split(
             elif stages[name] not in (None, stage):
                 inputs[name] = None
                 demand(name)
+            elif stage and stages[name] is None and name in steady and name in varying:
+                inputs[name] = None
+                demanded[0][name] = None
             elif id(producer[name]) not in kept:
                 kept.add(id(producer[name]))
                 pending += taken(producer[name])
@@ -215,6 +228,16 @@ def _stages(
         for name in node.output:
             stages[name] = stage
     return stages, experts
+
+
+def _varying(nodes: Sequence[onnx.NodeProto], constants: Container[str]) -> set[str]:
+    """What nodes compute from anything but constants."""
+    made = {name for node in nodes for name in node.output}
+    found: set[str] = set()
+    for node in nodes:
+        if any(one in found or (one not in made and one not in constants) for one in taken(node)):
+            found.update(node.output)
+    return found
 
 
 def _known_dims(graph: Any, tokens: Any) -> dict[str, tuple[int | str | None, ...]]:

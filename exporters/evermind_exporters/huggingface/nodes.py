@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +46,23 @@ def rename(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
         node.input[:] = [names.get(name, name) for name in node.input]
         for graph in _subgraphs(node):
             rename(graph.node, names)
+
+
+def join_reshapes(
+    nodes: Iterable[onnx.NodeProto], constants: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Let a Reshape of a Reshape take what the first one takes.
+
+    Only where its shape is one of `constants` and copies no dimension (0) of what it is given.
+    """
+    reshaped: dict[str, str] = {}
+    for node in nodes:
+        if (node.domain, node.op_type) != ("", "Reshape"):
+            continue
+        data, shape = node.input
+        if shape in constants and (constants[shape] != 0).all():
+            node.input[0] = reshaped.get(data, data)
+        reshaped[node.output[0]] = node.input[0]
 
 
 def domains(nodes: Iterable[onnx.NodeProto]) -> set[str]:

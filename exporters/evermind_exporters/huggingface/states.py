@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 TOKENS, LOGITS = "tokens", "logits"
 #: How many tokens came before, `(1,)`: the length of every buffer.
 PAST = "past"
+
+#: What is made of the plan's inputs alone, and its shape.
+POSITION_DIMS: Final[dict[str, tuple[int | str, ...]]] = {
+    "position_ids": (1, "T"),
+    "plan_last": (1,),
+    "plan_total": (1,),
+}
 
 
 def state_out(name: str) -> str:
@@ -127,8 +134,8 @@ def with_plan_values(
         helper.make_node("Range", ["plan_past", "plan_end", "plan_one"], ["plan_positions"]),
         helper.make_node("Unsqueeze", ["plan_positions", ints(0)], ["position_ids"]),
         # GroupQueryAttention counts in int32, and by the last position.
-        helper.make_node("Cast", ["plan_end"], ["plan_total"], to=6),
         helper.make_node("Add", ["plan_length", "plan_count"], ["plan_ends"]),
+        helper.make_node("Cast", ["plan_ends"], ["plan_total"], to=6),
         helper.make_node("Sub", ["plan_ends", ints(1)], ["plan_lasts"]),
         helper.make_node("Cast", ["plan_lasts"], ["plan_last"], to=6),
     ]
