@@ -2,9 +2,10 @@
 
 transformers (5.23) keeps a registry of ways to compute attention. A survey runs the model once
 with one registered here that only looks: a layer is plain if attention gets its keys and values
-straight from the cache and sees every earlier token, or those in a window. If all are plain, the
-model is traced with another, a node that `states.py` turns into an operator which keeps the cache
-itself; no mask is computed then, and nothing is read of the cache but its length.
+straight from the cache, or as `latent.py` has it, and sees every earlier token, or those in a
+window. If all are plain, the model is traced with another, a node that `states.py` turns into an
+operator which keeps the cache itself; no mask is computed then, and nothing is read of the cache
+but its length.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evermind_manifests.errors import UnsupportedError
+
+from .latent import Latent, from_latents, latent_of, to_latents
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,7 @@ class Plain(NamedTuple):
     """A layer's attention: every earlier token, or with `window` only the last so many."""
 
     window: int
+    latent: Latent | None
 
 
 class _Window(NamedTuple):
@@ -47,28 +51,27 @@ def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-    from .cache_layers import SeenLayer
+    from .cache_layers import LengthLayer
 
     cache = DynamicCache(config=model.config)
-    layers = _replace(cache, SeenLayer)
+    layers = _replace(cache, LengthLayer)
+    given = LengthLayer.given
     found: dict[int, Plain | None] = {}
 
     def look(
         module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
     ) -> tuple[Any, None]:
-        layer = layers.get(getattr(module, "layer_idx", -1))
+        layer = getattr(module, "layer_idx", -1)
         window = mask.width if isinstance(mask, _Window) else None
-        plain = (
-            layer is not None
-            and key is layer.keys
-            and value is layer.values
-            and window is not None
-            and query.shape[1] % key.shape[1] == 0
-            and query.shape[3] == key.shape[3]
-            and options.get("is_causal") is not False
-        )
-        index = getattr(module, "layer_idx", -1)
-        found[index] = Plain(int(window or 0)) if plain and index not in found else None
+        found[layer] = None
+        if layer in given and window is not None and options.get("is_causal") is not False:
+            straight = key is given[layer][0] and value is given[layer][1]
+            latent = None if straight else latent_of(module, given[layer], query, value)
+            heads_fit = query.shape[1] % key.shape[1] == 0 and query.shape[3] == key.shape[3]
+            if heads_fit and (straight or latent):
+                found[layer] = Plain(window, latent)
+            # Attention that comes again before the cache is given more is of another kind.
+            del given[layer]
         shape = query.shape[0], query.shape[2], query.shape[1], value.shape[3]
         return query.new_zeros(shape), None
 
@@ -87,6 +90,8 @@ def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
             raise
         except Exception:  # code that wants a real mask: then the layer is not plain
             return None
+        finally:
+            given.clear()
     plain = {layer: one for layer, one in found.items() if one is not None}
     return plain if plain and plain.keys() == found.keys() == layers.keys() else None
 
@@ -96,40 +101,60 @@ def attention_nodes(model: Any, layers: Mapping[int, Plain]) -> Iterator[None]:
     """Meanwhile every attention of the model is a node of the exported graph."""
     from transformers import AttentionInterface
 
+    from .cache_layers import LengthLayer
+
     def cut(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **o: Any
     ) -> tuple[torch.Tensor, None]:
-        return _node(layers[module.layer_idx].window, module, query, key, value, o), None
+        layer = module.layer_idx
+        window, latent = layers[layer]
+        o["scaling"] = query.shape[3] ** -0.5 if o.get("scaling") is None else o["scaling"]
+        if latent is None:
+            return _node(layer, window, query, key, value, o), None
+        import torch
+
+        weight = module.kv_b_proj.weight
+        latents = torch.cat(LengthLayer.given[layer], -1)
+        query = to_latents(latent, weight, query)
+        return from_latents(latent, weight, _node(layer, window, query, latents, latents, o)), None
 
     # There is no mask function of this name, so that transformers makes no mask.
     AttentionInterface.register(_CUT, cut)
     with _attention_by(model, _CUT):
-        yield
+        try:
+            yield
+        finally:
+            LengthLayer.given.clear()
 
 
 def keep_lengths(cache: Any, tokens: int) -> None:
     """Have `cache` hold, for `tokens` earlier ones, no keys and values, but how many there are."""
     from .cache_layers import LengthLayer
 
-    _replace(cache, lambda: LengthLayer(tokens))
+    _replace(cache, lambda number: LengthLayer(number, tokens))
 
 
 def keep_all(cache: Any) -> None:
     """Have an empty `cache` keep what has left a window; the mask still leaves it out."""
     from transformers.cache_utils import DynamicLayer
 
-    _replace(cache, DynamicLayer)
+    _replace(cache, lambda _: DynamicLayer())  # type: ignore[no-untyped-call]
 
 
 def _node(
-    window: int, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, o: Any
+    layer: int,
+    window: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: Mapping[str, Any],
 ) -> torch.Tensor:
     """`(1, T, heads, width of values)` of `(1, heads, T, width)` each."""
     import torch
 
     heads, kv_heads, tokens = query.shape[1], key.shape[1], query.shape[2]
-    width, values = query.shape[3], value.shape[3]
-    padded = -(-max(width, values) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    values = value.shape[3]
+    padded = -(-max(query.shape[3], values) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     def rows(x: torch.Tensor) -> torch.Tensor:
         # Zeros change no product of queries and keys, and add nothing to the values' widths.
@@ -137,19 +162,18 @@ def _node(
             x = torch.nn.functional.pad(x, (0, padded - x.shape[3]))
         return x.transpose(1, 2).reshape(1, tokens, x.shape[1] * padded)
 
-    scale = o.get("scaling")
-    attributes = {
-        "layer": module.layer_idx,
+    attributes: dict[str, Any] = {
+        "layer": layer,
         "num_heads": heads,
         "kv_num_heads": kv_heads,
-        "scale": float(width**-0.5 if scale is None else scale),
+        "scale": float(options["scaling"]),
         "window": window,
-        "softcap": float(o.get("softcap") or 0.0),
+        "softcap": float(options.get("softcap") or 0.0),
         "width": padded,
     }
     inputs = [rows(query), rows(key), rows(value)]
-    if o.get("s_aux") is not None:
-        inputs.append(o["s_aux"])
+    if options.get("s_aux") is not None:
+        inputs.append(options["s_aux"])
     found: torch.Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{OPERATOR}",
         inputs,
@@ -182,14 +206,14 @@ def _window(mask_function: Callable[..., Any], limit: int) -> int | None:
     return 0 if window == limit else window
 
 
-def _replace(cache: Any, make: Callable[[], Any]) -> dict[int, Any]:
+def _replace(cache: Any, make: Callable[[int], Any]) -> dict[int, Any]:
     """The layers put in the place of those that hold keys and values alone, by number."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     new = {}
     for number, layer in enumerate(cache.layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            cache.layers[number] = new[number] = make()
+            cache.layers[number] = new[number] = make(number)
     return new
 
 
