@@ -18,6 +18,7 @@ from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
 from ..resident import Stored
+from .guesses import guess_ids, guess_nodes, guess_x
 from .nodes import domains, join_reshapes, rename, strip, taken
 from .opaque import DOMAIN, OPERATOR
 from .states import LOGITS, PAST, POSITION_DIMS, TOKENS, plan_states, state_out, with_plan_values
@@ -68,11 +69,13 @@ class Segment:
 class Cut:
     """The segments, the experts between them, the types of values, and what they are made with.
 
-    `weights` are the trunk's, those that a graph uses; `constants` the exporter's own.
+    `guesses` are graphs by the layer they are about; `weights` the trunk's, those that a graph
+    uses; `constants` the exporter's own.
     """
 
     segments: list[Segment]
     experts: list[ExpertsNode]
+    guesses: dict[int, Segment]
     values: dict[str, Value]
     states: dict[str, StateSpec]
     weights: dict[str, Stored]
@@ -92,6 +95,10 @@ class Cut:
     def graph(self, number: int, resident: Mapping[str, ExternalTensor]) -> bytes:
         """One segment's model, its weights in the resident file."""
         return _serialize(self, self.segments[number], resident)
+
+    def guess(self, layer: int, resident: Mapping[str, ExternalTensor]) -> bytes:
+        """The model that guesses what a layer's router will choose."""
+        return _serialize(self, self.guesses[layer], resident)
 
 
 def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
@@ -128,6 +135,7 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     cut = Cut(
         segments=segments,
         experts=experts,
+        guesses={},
         values={},
         states=states.specs,
         weights={name: stored[name] for name in sorted(used)},
@@ -143,7 +151,24 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
         cut.values |= _output_types(cut, segment, known)
         if number < len(experts):
             _check_experts(cut, experts[number])
+    for layer in range(1, len(experts)):
+        _add_guess(cut, layer, shaped, given)
     return cut
+
+
+def _add_guess(
+    cut: Cut, layer: int, nodes: Sequence[onnx.NodeProto], constants: Container[str]
+) -> None:
+    """Have the layer's router guessed, if it reads what its experts see and nothing else."""
+    before, here = cut.experts[layer - 1], cut.experts[layer]
+    shown, ids = cut.values[before.x], cut.values[here.ids]
+    found = guess_nodes(nodes, layer, here.x, here.ids, constants)
+    if not found or shown.dims[1] != cut.values[here.x].dims[1]:
+        return
+    used = {name for node in found for name in taken(node) if name in constants}
+    cut.guesses[layer] = Segment(found, (guess_x(layer),), (guess_ids(layer),), tuple(sorted(used)))
+    cut.values[guess_x(layer)] = Value(shown.dtype, (1, shown.dims[1]))
+    cut.values[guess_ids(layer)] = Value(ids.dtype, (1, ids.dims[1]))
 
 
 def _split(

@@ -20,6 +20,7 @@ from evermind_manifests.manifest import (
     ExpertsStep,
     FusedExperts,
     GraphStep,
+    Guess,
     Layer,
     Manifest,
     Parameters,
@@ -40,6 +41,7 @@ from .documents import left_out, read_documents
 from .expert_kinds import ExpertKinds
 from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
+from .guesses import guess_ids, guess_x
 from .origin import kept_file, kept_reader, source_map
 from .quiet import quiet
 from .reference import Reference, stored
@@ -248,6 +250,9 @@ class _Draft:
             _segment_graph(number): cut.graph(number, self.resident.index)
             for number in range(len(cut.segments))
         }
+        self.files |= {
+            _guess_graph(layer): cut.guess(layer, self.resident.index) for layer in cut.guesses
+        }
         self._kinds = add_kinds(kinds.blueprints, self.files)
         for layer in self.layers:
             path = _fused_graph(layer)
@@ -320,11 +325,24 @@ class _Draft:
             state=cut.states,
             prefill=tuple(prefill),
             decode=tuple(decode),
+            guesses=tuple(
+                Guess(
+                    layer=layer,
+                    graph=_guess_graph(layer),
+                    inputs={guess_x(layer): cut.experts[layer - 1].x},
+                    ids=guess_ids(layer),
+                )
+                for layer in cut.guesses
+            ),
         )
 
 
 def _segment_graph(number: int) -> str:
     return f"graphs/segment_{number:02d}.onnx"
+
+
+def _guess_graph(layer: int) -> str:
+    return f"graphs/guess_{layer:02d}.onnx"
 
 
 def _fused_graph(layer: Layer) -> str:
