@@ -28,7 +28,6 @@ from evermind_manifests.manifest import (
     Step,
     ValueSpec,
 )
-from evermind_manifests.package import open_package
 from evermind_manifests.shard import shard_parts
 from evermind_manifests.source_map import SOURCE_NAME, encode_source
 from evermind_manifests.writer import PackageWriter, unfinished
@@ -43,6 +42,7 @@ from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
 from .guesses import guess_ids, guess_x
 from .origin import kept_file, kept_reader, source_map
+from .proof import parity_error
 from .quiet import quiet
 from .reference import Reference, stored
 from .resident_file import resident_file, resident_reader
@@ -156,7 +156,9 @@ def import_checkpoint(
         parts = _shard_parts(kinds, layers, checkpoint, kept)
         write_shards(writer, parts, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
-        digest = writer.finish(package.manifest(), lambda folder: errors.append(_check(folder)))
+        digest = writer.finish(
+            package.manifest(), lambda folder: errors.append(parity_error(folder))
+        )
         return ImportResult(digest, model.config.model_type, errors[0], tuple(package.notes))
 
 
@@ -198,20 +200,6 @@ def _check_space(
             "are free",
             hint="Free some space, or choose another disk.",
         )
-
-
-def _check(folder: Path) -> float:
-    """The package's parity error. Raises `ExportError` if it is too large."""
-    from evermind_runtime.parity import compare_parity
-
-    with open_package(folder) as package:
-        found = compare_parity(package)
-    if found.problems:
-        raise ExportError(
-            "the package does not compute what transformers does, so this model cannot be "
-            f"imported: {found.problems[0].message}"
-        )
-    return found.error
 
 
 class _Draft:

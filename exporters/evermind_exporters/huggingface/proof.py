@@ -1,0 +1,53 @@
+"""A finished package compared with transformers' logits, in a process that has only the runtime.
+
+What traced the model keeps hundreds of megabytes for the life of its process; beside them the
+package's own memory would be the peak of an import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from evermind_manifests.errors import ExportError
+
+_PROGRAM = f"from {__name__} import main; main()"
+
+
+def parity_error(folder: Path) -> float:
+    """How far the package in `folder` is off, relative to the largest logit.
+
+    Raises `ExportError` if that is too far, or it cannot be run.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, os.fspath(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        last = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
+        raise ExportError(f"the package cannot be compared with transformers: {last}")
+    found = json.loads(result.stdout.splitlines()[-1])
+    if found["problem"] is not None:
+        raise ExportError(
+            "the package does not compute what transformers does, so this model cannot be "
+            f"imported: {found['problem']}"
+        )
+    return float(found["error"])
+
+
+def main() -> None:
+    """Print, as JSON, what `compare_parity` finds for the folder in the arguments."""
+    from evermind_manifests.package import open_package
+    from evermind_runtime.parity import compare_parity
+
+    with open_package(Path(sys.argv[1])) as package:
+        found = compare_parity(package)
+    problem = found.problems[0].message if found.problems else None
+    print(json.dumps({"problem": problem, "error": found.error}))
