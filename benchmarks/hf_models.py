@@ -37,7 +37,7 @@ _LEAST = 2.0**-16
 
 
 def write_checkpoint(folder: str, dims: dict[str, int]) -> int:
-    """Save a bfloat16 checkpoint as transformers does; returns how many parameters it has."""
+    """Save a float16 checkpoint as transformers does; returns how many parameters it has."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils import logging
@@ -59,18 +59,18 @@ def write_checkpoint(folder: str, dims: dict[str, int]) -> int:
         rms_norm_eps=EPSILON,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         tie_word_embeddings=False,
-        dtype=torch.bfloat16,
+        dtype=torch.float16,
     )
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = model.to(torch.float16).to_empty(device="cpu")
     with torch.no_grad():
         for seed, (name, one) in enumerate(model.named_parameters()):
             if "norm" in name:
                 one.fill_(1)
                 continue
             values = torch.from_numpy(random_values(tuple(one.shape), seed, _SCALE))
-            one.copy_(values.masked_fill_(values.abs() < _LEAST, 0))
+            one.copy_(values.masked_fill_(values.abs() < _LEAST, 0).to(torch.bfloat16))
     model.save_pretrained(folder)
     return sum(one.numel() for one in model.parameters())
 
@@ -152,7 +152,7 @@ def _gguf_tensors(
 
 
 class _Tensors:
-    """A checkpoint's bfloat16 tensors by name, widened or rounded (here: without loss)."""
+    """A checkpoint's tensors by name, in float16 or widened."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open

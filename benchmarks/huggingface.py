@@ -100,10 +100,10 @@ def make_files(stack: ExitStack, dims: dict[str, int]) -> Files:
 
 
 def import_package(checkpoint: str, package: str) -> None:
-    """As `evermind-pack import --dtype f16`, which loses nothing of these weights."""
-    from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
+    """As `evermind-pack import` does it."""
+    from evermind_exporters.huggingface.import_ import import_checkpoint
 
-    import_checkpoint(Path(checkpoint), Path(package), ImportOptions(dtype="f16"))
+    import_checkpoint(Path(checkpoint), Path(package))
 
 
 def compare(
