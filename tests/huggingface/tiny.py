@@ -253,6 +253,10 @@ def make(
                 parameter.normal_(std=0.1)
             else:
                 parameter.normal_(mean=1.0, std=0.1)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and name.endswith("bias"):  # in the choice of experts
+                buffer.normal_(std=0.1)
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not fused)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
