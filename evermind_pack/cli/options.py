@@ -5,6 +5,40 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def add_sampling(parser: argparse._ArgumentGroup) -> None:
+    """How the next token is chosen; what is not given, the package says."""
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        help="0 takes the likeliest token (default: the package's)",
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, help="draw from the K likeliest (default: the package's)"
+    )
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="draw from the likeliest that together reach P (default: the package's)",
+    )
+    parser.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        help="draw from those at least P times as likely as the likeliest (default: the package's)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        help="above 1: tokens that were there are less likely (default: the package's)",
+    )
+    parser.add_argument("--seed", type=int, help="of the sampler (default: 1)")
+
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """`--policy` and `--profile`: which experts stay in memory."""

@@ -23,8 +23,10 @@ from .arrays import (
     write_arrays,
     write_states,
 )
+from .chat import add_chat_arguments, chat, check_chat
+from .generated import Generated, follow
 from .introspection import draw_heatmap, print_introspection, write_prometheus
-from .options import add_policy
+from .options import SAMPLING, add_policy, add_sampling
 from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table, remark
 
@@ -32,13 +34,13 @@ EXAMPLES = """\
   evermind-pack run shakespeare/ --prompt "def " --max-new 64 --budget 25%
   evermind-pack run shakespeare/ --tokens 1,2,3 --max-new 16 --temperature 0.8 --seed 7 --json
   evermind-pack run olmoe/ --prompt "Once" --temperature 0.7 --top-p 0.9 --repetition-penalty 1.1
+  evermind-pack run olmoe/ --chat --system "Be brief." --budget 2GiB
+  evermind-pack run olmoe/ --chat --prompt "Who was Ada Lovelace?" --json
   evermind-pack run model.evermind --tokens 1,2,3 --max-new 16 --budget 25%
   evermind-pack run https://models.example.org/shakespeare/ --prompt "def " --max-new 64
   evermind-pack run layer/ --inputs in.npz --outputs out.npz --budget 4MiB
   evermind-pack run chat/ --tokens 1,2,3 --max-new 16 --introspect --heatmap experts.png
   evermind-pack run mood/ --inputs in.npz --outputs out.npz --steps decode"""
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 # More digits than any id has would only make int() refuse in its own words.
 _TOKEN_ID = re.compile(r"\s*\d{1,18}\s*", re.ASCII)
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "package", metavar="PKG", help="a package (folder, .zip, URL), or a peer's model file"
     )
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="text to continue")
     what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
     what.add_argument(
@@ -109,36 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fetch the experts that the package's profile.json calls hot in the background",
     )
-    text = parser.add_argument_group("generation (--prompt, --tokens)")
+    add_chat_arguments(parser)
+    text = parser.add_argument_group("generation (--prompt, --tokens, --chat)")
     text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
-    text.add_argument(
-        "--temperature",
-        metavar="T",
-        type=float,
-        help="0 takes the likeliest token (default: the package's)",
-    )
-    text.add_argument(
-        "--top-k", metavar="K", type=int, help="draw from the K likeliest (default: the package's)"
-    )
-    text.add_argument(
-        "--top-p",
-        metavar="P",
-        type=float,
-        help="draw from the likeliest that together reach P (default: the package's)",
-    )
-    text.add_argument(
-        "--min-p",
-        metavar="P",
-        type=float,
-        help="draw from those at least P times as likely as the likeliest (default: the package's)",
-    )
-    text.add_argument(
-        "--repetition-penalty",
-        metavar="X",
-        type=float,
-        help="above 1: tokens that were there are less likely (default: the package's)",
-    )
-    text.add_argument("--seed", type=int, help="of the sampler (default: 1)")
+    add_sampling(text)
     text.add_argument(
         "--stop-token", metavar="ID", type=int, action="append", help="ends the text; repeatable"
     )
@@ -185,6 +161,8 @@ def run(args: argparse.Namespace) -> int:
             model.observe()
         if args.inputs:
             _run_arrays(model, args)
+        elif args.chat:
+            _chat(model, args)
         else:
             _generate(model, args)
         if args.prometheus:
@@ -195,6 +173,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_combination(args: argparse.Namespace) -> None:
+    check_chat(args)
+    if not args.chat and args.prompt is None and args.tokens is None and args.inputs is None:
+        raise InputError("expected one of --prompt, --tokens, --inputs and --chat")
     if args.inputs and not (args.outputs or args.state_out):
         raise InputError("--inputs needs --outputs NPZ (or --state-out NPZ) to write to")
     generation = ("max_new", *SAMPLING, "stop_token")
@@ -241,11 +222,6 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
     state = model.new_state()
     if args.state_in:
         restore_state(state, read_arrays(args.state_in))
-    stream = not args.json
-    tokens: list[int] = []
-    pieces: list[str] = []
-    started = time.perf_counter()
-    first = started
     generated = model.generate(
         prompt,
         max_new_tokens=args.max_new,
@@ -253,37 +229,36 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
         state=state,
         **{name: getattr(args, name) for name in SAMPLING},
     )
-    if stream and args.prompt is not None:
+    if args.prompt is not None and not args.json:
         print(args.prompt, end="", flush=True)
-    for piece in generated:
-        if not tokens:
-            first = time.perf_counter()
-        tokens.append(piece.token)
-        pieces.append(piece.text)
-        if stream:
-            shown = piece.text if model.codec else f"{piece.token} "
-            print(shown, end="", flush=True)
-    ended = time.perf_counter()
+    codec = model.codec
+    show = None if args.json else lambda piece: piece.text if codec else f"{piece.token} "
+    made = follow(generated, show)
     if args.state_out:
         write_arrays(args.state_out, state.save())
-    # The first token carries the prompt: it has its own figure.
-    speed = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0
-    result: dict[str, Any] = {
-        "tokens": tokens,
-        "text": "".join(pieces) if model.codec else None,
-        "tokens_per_second": speed,
-        "ttft_ms": (first - started) * 1000,
-        **_counters(model),
-        **_introspection(model, args),
-    }
+    _report(model, args, made, {} if codec else {"text": None})
+
+
+def _chat(model: Model, args: argparse.Namespace) -> None:
+    found = chat(model, args)
+    if found is not None:
+        generated, answers = found
+        _report(model, args, generated, {"prompt_tokens": answers.prompt_tokens})
+    elif args.introspect:
+        print_introspection(model.introspect())
+
+
+def _report(
+    model: Model, args: argparse.Namespace, generated: Generated, fields: dict[str, Any]
+) -> None:
     if args.json:
-        print_json(result)
+        counters = _counters(model) | _introspection(model, args)
+        print_json(generated.figures() | fields | counters)
         return
     print()
     if not args.quiet:
-        rows = {"speed": f"{speed:,.1f} tokens/s, first after {result['ttft_ms']:.1f} ms"}
         sys.stdout.flush()
-        for name, value in (rows | _counter_rows(model)).items():
+        for name, value in ({"speed": generated.speed()} | _counter_rows(model)).items():
             remark(f"{name:<14}{value}")
     if args.introspect:
         print_introspection(model.introspect())

@@ -14,7 +14,7 @@ from .template_process import TemplateProcess
 
 if TYPE_CHECKING:
     from .model import Model
-    from .state import State
+    from .state import Mark, State
 
 #: `role` and `content`, and whatever else a template reads; what JSON can hold.
 Message: TypeAlias = Mapping[str, Any]
@@ -94,15 +94,19 @@ class Chat:
         answer = "".join(piece.text for piece in chat.answer(messages))
         messages.append({"role": "assistant", "content": answer})
 
-    If the messages, rendered and tokenised anew, begin with the tokens that were run, only the rest
-    is run; else everything is. Use one Chat in one thread.
+    The messages are rendered and tokenised anew for each answer. If they begin with all tokens that
+    were run, or at least with those of the last prompt, only the rest is run; else everything is.
+    Use one Chat in one thread.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        # What `_state` holds, token by token. No state: nothing is certain.
         self._state: State | None = None
+        # What the state holds, token by token; none where a step was broken off.
         self._held: list[int] = []
+        # The last prompt, and where the state was behind it.
+        self._prompt: list[int] = []
+        self._mark: Mark | None = None
         #: Tokens of the last prompt, and how many of them were run before.
         self.prompt_tokens = 0
         self.reused_tokens = 0
@@ -137,36 +141,47 @@ class Chat:
         ids = model.codec.encode(text, special=False)
         if not ids:
             raise InputError("messages: the chat template makes no text of them")
-        held = self._held if self._state is not None else []
-        goes_on = 0 < len(held) < len(ids) and ids[: len(held)] == held
-        state = self._state if goes_on and self._state is not None else model.new_state()
+        state, begin = self._resume(ids)
         pieces = generate(
             model,
-            ids[len(held) :] if goes_on else ids,
+            ids[begin:],
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
             stop_tokens=stop_tokens,
             state=state,
-            before=ids[: len(held)] if goes_on else (),
+            before=ids[:begin],
             show_stop=False,
         )
-        self.prompt_tokens = len(ids)
-        self.reused_tokens = len(held) if goes_on else 0
+        self.prompt_tokens, self.reused_tokens = len(ids), begin
         return self._follow(pieces, state, ids)
 
+    def _resume(self, ids: list[int]) -> tuple[State, int]:
+        """A state that holds a beginning of `ids`, and how long that is."""
+        if self._state is not None:
+            for held, mark in ((self._held, None), (self._prompt, self._mark)):
+                if 0 < len(held) < len(ids) and ids[: len(held)] == held:
+                    if mark is not None:
+                        self._state.rewind(mark)
+                    self._held = ids[: len(held)]
+                    return self._state, len(held)
+        self._state, self._held, self._prompt, self._mark = self._model.new_state(), [], [], None
+        return self._state, 0
+
     def _follow(self, pieces: Iterator[Piece], state: State, ids: list[int]) -> Iterator[Piece]:
-        held = self._held = ids
-        self._state = None
-        last: int | None = None
+        held, last = list(ids), None
+        self._held = []
         for piece in pieces:
             # The step that made this piece has run all before it.
-            if last is not None:
+            if last is None:
+                self._prompt, self._mark = ids, state.mark()
+            else:
                 held.append(last)
             last = piece.token
-            self._state = state
+            self._held = held
             yield piece
-            self._state = None
-        self._state = state if last is not None else None
+            self._held = []
+        if last is not None:
+            self._held = held
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:

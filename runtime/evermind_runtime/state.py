@@ -142,7 +142,7 @@ class State:
         """Whether it holds what a new state does: no token has left a trace."""
         current = self.current
         return not any(
-            len(current[name]) if spec.grows else (current[name] != spec.init).any()
+            current[name].size if spec.grows else (current[name] != spec.init).any()
             for name, spec in self._specs.items()
         )
 

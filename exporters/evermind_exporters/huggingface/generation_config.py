@@ -144,17 +144,19 @@ def read_generation(folder: Path, vocabulary: int, eos: int | None = None) -> Re
             f"{source.name}: temperature {temperature:g} is not the default, as do_sample is not "
             "true: the likeliest token is taken"
         )
-    generation = Generation(
-        stop_tokens=tuple(one for one in stops if one < vocabulary),
-        bos_token=bos[0] if bos and bos[0] < vocabulary else None,
-        temperature=temperature if sample else 0.0,
-        top_k=fields.count("top_k", _TOP_K),
-        top_p=fields.number("top_p", 1.0, least=0, most=1),
-        min_p=fields.number("min_p", 0.0, least=0, most=1),
-        repetition_penalty=fields.number("repetition_penalty", 1.0, least=math.ulp(0.0)),
-        max_new_tokens=fields.count("max_new_tokens", Generation().max_new_tokens, least=1),
-    )
-    return ReadGeneration(generation, tuple(notes))
+    values: dict[str, Any] = {
+        "stop_tokens": tuple(one for one in stops if one < vocabulary),
+        "bos_token": bos[0] if bos and bos[0] < vocabulary else None,
+        "temperature": temperature if sample else 0.0,
+        "top_k": fields.count("top_k", _TOP_K),
+        "top_p": fields.number("top_p", 1.0, least=0, most=1),
+        "min_p": fields.number("min_p", 0.0, least=0, most=1),
+        "repetition_penalty": fields.number("repetition_penalty", 1.0, least=math.ulp(0.0)),
+        "max_new_tokens": fields.count("max_new_tokens", Generation().max_new_tokens, least=1),
+    }
+    # What the format takes for granted is left out, in the order of its fields.
+    said = {name: value for name, value in values.items() if value != getattr(Generation(), name)}
+    return ReadGeneration(Generation(**said), tuple(notes))
 
 
 class _Fields:
