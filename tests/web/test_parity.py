@@ -22,6 +22,14 @@ from .site import from_page, run, to_page
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
 TOLERANCE = 1e-4
+DRAWN: dict[str, Any] = {
+    "temperature": 1.2,
+    "seed": 9,
+    "top_k": 20,
+    "top_p": 0.9,
+    "min_p": 0.02,
+    "repetition_penalty": 1.3,
+}
 
 
 def tokitai(folder: Path) -> Path:
@@ -81,7 +89,7 @@ def test_a_browser_computes_what_python_computes(
         const again = all(await pack.forward(second, { state }));
         const pieces = [];
         if (pack.info.inputs[0].name === 'tokens' && 'logits' in parts[0])
-          for (const options of [{}, { temperature: 0.8, seed: 7 }])
+          for (const options of [{}, { temperature: 0.8, seed: 7 }, drawn])
             for await (const piece of pack.generate(prompt, { maxNewTokens: 6, ...options }))
               pieces.push(piece);
         await pack.close();
@@ -90,6 +98,7 @@ def test_a_browser_computes_what_python_computes(
         first=to_page(first),
         second=to_page(second),
         prompt=[3, 1, 2],
+        drawn={camel(name): value for name, value in DRAWN.items()},
     )
     page.close()
     assert found["again"] == found["parts"][1]
@@ -101,10 +110,17 @@ def test_a_browser_computes_what_python_computes(
             pieces = [
                 *model.generate([3, 1, 2], max_new_tokens=6),
                 *model.generate([3, 1, 2], max_new_tokens=6, temperature=0.8, seed=7),
+                *model.generate([3, 1, 2], max_new_tokens=6, **DRAWN),
             ]
             assert [one["token"] for one in found["pieces"]] == [one.token for one in pieces]
             assert [one["text"] for one in found["pieces"]] == [one.text for one in pieces]
             check_routes(model, found["pieces"][:6])
+
+
+def camel(name: str) -> str:
+    """As JavaScript writes it."""
+    first, *rest = name.split("_")
+    return first + "".join(part.capitalize() for part in rest)
 
 
 def check_routes(model: em.Model, pieces: list[Any]) -> None:

@@ -31,7 +31,8 @@ def test_byte_pairs(tmp_path: Path, serve: Callable[..., Server], chromium: Brow
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     vocab = {token: number for number, token in enumerate([*sorted(alphabet), "he", "Ġt", "Ġthe"])}
     peer = peer_tokenizer(vocab, [("h", "e"), ("Ġ", "t"), ("Ġt", "he")])
-    for number, data in enumerate([trained, peer]):
+    framed = framed_byte_level().to_str().encode()
+    for number, data in enumerate([trained, peer, framed]):
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
         config = LM_CONFIG | {"vocabSize": tokenizer.get_vocab_size()}
         package = export(
@@ -43,18 +44,47 @@ def test_byte_pairs(tmp_path: Path, serve: Callable[..., Server], chromium: Brow
             """
             const pack = await open();
             const ids = await Promise.all(texts.map((text) => pack.encode(text)));
+            const bare = await Promise.all(
+              texts.map((text) => pack.encode(text, { special: false })));
             let made = [], written = '';
             for await (const piece of pack.generate(texts[0], { maxNewTokens: 24, temperature: 2 }))
               { made.push(piece.token); written += piece.text; }
-            return { ids, made, written };
+            return { ids, bare, made, written };
             """,
             texts=TEXTS,
         )
         expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
-        assert found["ids"] == expected
+        assert found["bare"] == expected
+        assert found["ids"] == [tokenizer.encode(text).ids for text in TEXTS]
         raw = b"".join(_bytes_of(tokenizer, token) for token in found["made"])
         assert found["written"] == raw.decode(errors="replace")
     assert own.token_to_id("<|endoftext|>") is not None
+
+
+def framed_byte_level() -> tokenizers.Tokenizer:
+    """As Llama 3 has it, with a bos and, for the test, an end."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text()] * 2, trainer)
+    processors = tokenizers.processors
+    frame = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="$A $B", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), frame])
+    return tokenizer
 
 
 def _bytes_of(tokenizer: tokenizers.Tokenizer, token: int) -> bytes:

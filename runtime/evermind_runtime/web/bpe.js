@@ -5,7 +5,7 @@ import { ManifestError, UnsupportedError } from "./errors.js";
 // The pieces ByteLevel cuts text into, where a tokenizer.json gives no pattern of its own.
 const PIECES = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
-/** Text to ids and back; no special tokens are added around the text. */
+/** Text to ids and back. */
 export class BpeCodec {
   #ids;
   #tokens = new Map();
@@ -15,6 +15,8 @@ export class BpeCodec {
   #wholeFirst;
   #normalise;
   #known = new Map();
+  #before;
+  #after;
 
   /** Raises `UnsupportedError`, naming the part, for a tokenizer of another make. */
   constructor(bytes, where) {
@@ -40,6 +42,9 @@ export class BpeCodec {
       (added ?? []).every((one) => !one.lstrip && !one.rstrip && !one.single_word),
       "added token",
     );
+    const frame = readFrame(raw.post_processor);
+    need(frame, "post_processor");
+    [this.#before, this.#after] = frame;
     const pattern = splitPattern(raw.pre_tokenizer);
     need(pattern, "pre_tokenizer");
     try {
@@ -65,16 +70,16 @@ export class BpeCodec {
     }
   }
 
-  /** Token ids of `text`. */
-  encode(text) {
-    const ids = [];
+  /** Token ids of `text`; with `special`, among the tokens that begin and end a text. */
+  encode(text, special = true) {
+    const ids = special ? [...this.#before] : [];
     for (const part of this.#splitAdded(text)) {
       if (this.#added.has(part)) ids.push(this.#added.get(part));
       else
         for (const piece of pieces(this.#normalise(part), this.#pattern))
           ids.push(...this.#merge(piece));
     }
-    return ids;
+    return special ? ids.concat(this.#after) : ids;
   }
 
   /** A fresh incremental decoder; a character split over tokens waits for its end. */
@@ -129,6 +134,24 @@ function splitPattern(pre) {
   const isolated = split?.type === "Split" && split.behavior === "Isolated" && !split.invert;
   if (!isolated || rest.length || !bytes(level, false)) return null;
   return split.pattern?.Regex ?? null;
+}
+
+/** The ids that a post-processor puts before and after a text; null if it is none known here. */
+function readFrame(processor) {
+  if (!processor || processor.type === "ByteLevel") return [[], []];
+  if (processor.type === "Sequence") {
+    const frames = (processor.processors ?? []).map(readFrame);
+    const framing = frames.filter((one) => one === null || one[0].length || one[1].length);
+    return framing.length > 1 ? null : (framing[0] ?? (frames.length ? [[], []] : null));
+  }
+  if (processor.type !== "TemplateProcessing" || !Array.isArray(processor.single)) return null;
+  const parts = processor.single.map((one) =>
+    one.Sequence ? null : processor.special_tokens?.[one.SpecialToken?.id]?.ids,
+  );
+  const at = parts.indexOf(null);
+  const fits = parts.every((one) => one === null || (Array.isArray(one) && one.every(Number.isSafeInteger)));
+  if (at < 0 || at !== parts.lastIndexOf(null) || !fits) return null;
+  return [parts.slice(0, at).flat(), parts.slice(at + 1).flat()];
 }
 
 /** What the pattern finds, and what lies between. */

@@ -13,26 +13,51 @@ export function generate(model, prompt, options, state, signal) {
   const limit = options.maxNewTokens ?? generation.maxNewTokens;
   if (!Number.isSafeInteger(limit) || limit < 0)
     throw new InputError(`maxNewTokens: expected 0 or more, found ${limit}`);
-  const temperature = options.temperature ?? generation.temperature;
-  if (typeof temperature !== "number" || Number.isNaN(temperature))
-    throw new InputError(`temperature: expected a number, found ${temperature}`);
-  const ids = encode(model, prompt);
+  const sampler = new Sampler(readKnobs(options, generation), options.seed ?? 1);
+  const begins = state.fresh;
+  const ids = encode(model, prompt, begins);
+  if (!ids.length && begins && generation.bosToken !== null) ids.push(generation.bosToken);
   const vocabulary = plan.inputs.get("tokens").limit ?? Infinity;
   const bad = ids.find((id) => !Number.isSafeInteger(id) || id < 0 || id >= vocabulary);
   if (bad !== undefined)
     throw new InputError(`prompt: expected token ids from 0 to ${vocabulary - 1}, found ${bad}`);
-  const sampler = new Sampler(temperature, options.seed ?? 1);
+  sampler.see(ids);
   const stops = new Set(options.stopTokens ?? generation.stopTokens);
   return loop(model, ids, limit, sampler, stops, state, signal);
 }
 
-function encode(model, prompt) {
+const KNOBS = {
+  temperature: [-Infinity, Infinity],
+  topK: [0, Number.MAX_SAFE_INTEGER],
+  topP: [0, 1],
+  minP: [0, 1],
+  repetitionPenalty: [Number.MIN_VALUE, Number.MAX_VALUE],
+};
+
+/** How tokens are chosen: what is not given, the package says. */
+function readKnobs(options, generation) {
+  const knobs = {};
+  for (const [name, [least, most]] of Object.entries(KNOBS)) {
+    const value = (knobs[name] = options[name] ?? generation[name]);
+    const whole = name !== "topK" || Number.isInteger(value);
+    if (typeof value !== "number" || !(value >= least && value <= most) || !whole)
+      throw new InputError(`${name}: expected a number from ${least} to ${most}, found ${value}`);
+  }
+  const idle = ["topK", "topP", "minP"].find((name) => options[name] !== undefined);
+  if (idle && knobs.temperature <= 0)
+    throw new InputError(`${idle}: has no effect where the most likely token is always taken`, {
+      hint: "Give a temperature above 0 as well, such as 1.",
+    });
+  return knobs;
+}
+
+function encode(model, prompt, special) {
   if (typeof prompt !== "string") return Array.from(prompt, Number);
   if (!model.codec)
     throw new InputError("prompt: this package has no tokenizer, so it cannot take text", {
       hint: "Pass an array of token ids.",
     });
-  return model.codec.encode(prompt);
+  return model.codec.encode(prompt, special);
 }
 
 async function* loop(model, prompt, limit, sampler, stops, state, signal) {

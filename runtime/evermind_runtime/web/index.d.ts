@@ -75,6 +75,14 @@ export interface GenerateOptions {
   maxNewTokens?: number;
   /** 0 (greedy) unless the package says otherwise. */
   temperature?: number;
+  /** Draws from the K likeliest; 0: from all. */
+  topK?: number;
+  /** Draws from the likeliest that together reach P. */
+  topP?: number;
+  /** Draws from those at least P times as likely as the likeliest. */
+  minP?: number;
+  /** Above 1: tokens of the prompt and what was made since are less likely. */
+  repetitionPenalty?: number;
   /** Chooses the stream of random numbers; the same as in Python. */
   seed?: number;
   stopTokens?: readonly number[];
@@ -105,7 +113,16 @@ export interface PackInfo {
   inputs: Signature[];
   outputs: Signature[];
   tokenizer: "bytes" | "tokenizers" | null;
-  generation: { stopTokens: number[]; temperature: number; maxNewTokens: number };
+  generation: {
+    stopTokens: number[];
+    bosToken: number | null;
+    temperature: number;
+    topK: number;
+    topP: number;
+    minP: number;
+    repetitionPenalty: number;
+    maxNewTokens: number;
+  };
   device: "wasm" | "webgpu";
   threads: number;
   /** Whether the manifest is the last visit's, as nothing answered at its address. */
@@ -162,8 +179,8 @@ export class EvermindPack {
     options?: GenerateOptions,
   ): AsyncGenerator<Piece, void, void>;
   newState(): Promise<PackState>;
-  /** Token ids of `text`. */
-  encode(text: string): Promise<number[]>;
+  /** Token ids of `text`; with `special` (default), among the tokens that begin and end a text. */
+  encode(text: string, options?: { special?: boolean }): Promise<number[]>;
   /** Fetches experts to disk ahead of need. */
   prefetch(experts: readonly ExpertId[], options?: { signal?: AbortSignal }): Promise<void>;
   /** Whether these experts, or without an argument the whole package, are on disk. */

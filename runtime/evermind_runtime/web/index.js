@@ -84,9 +84,9 @@ export class EvermindPack {
     return new PackState(await this.#call("newState"), (method, args) => this.#call(method, args));
   }
 
-  /** Token ids of `text`. */
-  encode(text) {
-    return this.#call("encode", { text });
+  /** Token ids of `text`; with `special`, among the tokens that begin and end a text. */
+  encode(text, { special = true } = {}) {
+    return this.#call("encode", { text, special });
   }
 
   /** Fetches experts, [[layer, expert], …], ahead of need. */

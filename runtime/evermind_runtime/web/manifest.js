@@ -181,7 +181,12 @@ function readGeneration(value) {
   object(value, "generation");
   return {
     stopTokens: list(value.stop_tokens ?? [], "generation.stop_tokens", count),
+    bosToken: optional(value.bos_token, "generation.bos_token", count),
     temperature: number(value.temperature ?? 0, "generation.temperature"),
+    topK: count(value.top_k ?? 0, "generation.top_k"),
+    topP: number(value.top_p ?? 1, "generation.top_p"),
+    minP: number(value.min_p ?? 0, "generation.min_p"),
+    repetitionPenalty: number(value.repetition_penalty ?? 1, "generation.repetition_penalty"),
     maxNewTokens: positive(value.max_new_tokens ?? 64, "generation.max_new_tokens"),
   };
 }

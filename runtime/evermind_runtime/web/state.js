@@ -25,6 +25,16 @@ export class State {
     return this.#arrays;
   }
 
+  /** Whether it holds what a new state does: no token has left a trace. */
+  get fresh() {
+    return [...this.#specs].every(([name, { dtype, fixed, init, grows }]) => {
+      const { data } = this.#arrays.get(name);
+      if (grows) return !data.length;
+      const begun = filled(dtype, fixed, init).data;
+      return data.every((one, index) => one === begun[index]);
+    });
+  }
+
   /** Map of name to what steps of `tokens` tokens read: buffers with room, and their lengths. */
   board(tokens) {
     const board = new Map(this.#arrays);

@@ -35,7 +35,7 @@ class UnknownCodec {
 
 /** Token id = byte value. */
 class ByteCodec {
-  /** The UTF-8 bytes of `text`. */
+  /** The UTF-8 bytes of `text`; no special token belongs to them. */
   encode(text) {
     return [...new TextEncoder().encode(text)];
   }

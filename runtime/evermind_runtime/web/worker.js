@@ -46,9 +46,9 @@ const methods = {
   async releaseState({ state }) {
     states.delete(state);
   },
-  async encode({ text }) {
+  async encode({ text, special }) {
     if (!model.codec) throw new InputError("this package has no tokenizer");
-    return model.codec.encode(text);
+    return model.codec.encode(text, special);
   },
   prefetch: ({ pairs }, signal) => model.prefetch(pairs, signal),
   isCached: async ({ pairs }) => model.isCached(pairs),
