@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evermind_exporters.huggingface.hub import is_model_id
 
@@ -199,35 +201,50 @@ def test_a_folder_of_that_name_wins(
     assert hub.requests == []
 
 
-def test_a_model_is_imported_by_its_name(
-    imported: Callable[[str], Imported], tmp_path: Path
+def add_unused(folder: Path) -> None:
+    """Tensors that the model has no use for, in a file of their own."""
+    from safetensors.numpy import save_file
+
+    unused = {"mtp.weight": np.ones((3, 4), np.float16), "inv_freq": np.arange(4.0)}
+    save_file(unused, folder / "more.safetensors", metadata={"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(unused, "more.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_a_model_is_imported_by_its_name_and_comes_back(
+    imported: Callable[[str], Imported], tmp_path: Path, capsys: Any
 ) -> None:
+    """Of bfloat16 stored as float32, with tensors that no layer uses."""
+    source = tmp_path / "source"
+    shutil.copytree(imported("mixtral").checkpoint, source)
+    add_unused(source)
     with serving() as hub:
-        hub.add("org/tiny-mixtral", main=imported("mixtral").checkpoint)
+        hub.add("org/tiny-mixtral", main=source)
         command = [sys.executable, "-m", "evermind_pack", "import", "org/tiny-mixtral"]
-        done = subprocess.run(
-            [*command, "-o", str(tmp_path / "p"), "--json"],
-            env=environment(hub, tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            check=False,
+        command += ["-o", str(tmp_path / "p"), "--dtype", "f32", "--json"]
+        done, again = (
+            subprocess.run(
+                command,
+                env=environment(hub, tmp_path / "home"),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            for _ in range(2)
         )
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout
-        hub.requests.clear()
-        again = subprocess.run(
-            [*command, "-o", str(tmp_path / "p"), "--json"],
-            env=environment(hub, tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert "exists already" in json.loads(again.stdout)["error"]["message"]
-        assert hub.requests == []
+        fetched = len([one for one in hub.requests if one[0] == "HEAD"])
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    (note,) = json.loads(done.stdout)["notes"]
+    assert note.startswith("2 tensors (56 bytes)")
+    assert note.endswith("alone: inv_freq, mtp.weight")
+    assert "exists already" in json.loads(again.stdout)["error"]["message"]
+    assert fetched == len(list(source.iterdir()))  # by the first alone
     manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
-    assert (manifest["name"], manifest["card"]["base_model"]) == (
-        "tiny-mixtral",
-        "org/tiny-mixtral",
-    )
-    shards = [path.read_bytes() for path in sorted((tmp_path / "p").rglob("*.moe0"))]
-    expected = sorted(imported("mixtral").package.rglob("*.moe0"))
-    assert shards == [path.read_bytes() for path in expected]
+    assert manifest["name"] == "tiny-mixtral"
+    assert manifest["card"]["base_model"] == "org/tiny-mixtral"
+    assert {one["dtype"] for one in manifest["kinds"]["swiglu"]["tensors"]} == {"f32"}
+    code, _, _ = call(capsys, "convert", tmp_path / "p", "-o", tmp_path / "back", "--to", "hf")
+    assert code == 0
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()

@@ -41,7 +41,7 @@ from .expert_kinds import ExpertKinds
 from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
 from .guesses import guess_ids, guess_x
-from .origin import kept_file, kept_reader, source_map
+from .origin import kept_file, kept_notes, kept_reader, source_map
 from .proof import parity_error
 from .quiet import quiet
 from .reference import Reference, stored
@@ -146,6 +146,7 @@ def import_checkpoint(
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         source = source_map(checkpoint, trunk.places(cut.weights), package.layers, layers)
+        package.notes += kept_notes(source)
         added = {**package.files, PARITY_NAME: case, SOURCE_NAME: encode_source(source)}
         for path, data in added.items():
             writer.add_file(path, data)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from evermind_manifests.dtypes import tensor_bytes
 from evermind_manifests.manifest import Layer
 from evermind_manifests.shard import Buffer
 from evermind_manifests.source_map import (
@@ -75,6 +76,19 @@ def source_map(
         kept=KEPT_NAME if kept else None,
         index=checkpoint.index_metadata(),
     )
+
+
+def kept_notes(source: SourceMap) -> list[str]:
+    """A sentence on what lies in the package for the way back alone, if anything does."""
+    kept = {name: one for name, one in source.tensors.items() if one.kept}
+    if not kept:
+        return []
+    size = sum(tensor_bytes(one.dtype, one.shape) for one in kept.values())
+    names = ", ".join(sorted(kept)[:3]) + (", …" if len(kept) > 3 else "")
+    return [
+        f"{len(kept):,} tensors ({size:,} bytes) that the model uses in another form or not at all "
+        f"are carried for `convert --to hf` alone: {names}"
+    ]
 
 
 def kept_file(source: SourceMap) -> TensorFile:
