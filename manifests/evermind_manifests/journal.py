@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -45,9 +46,12 @@ def read_journal(folder: Path) -> Found | None:
     lines = (data or b"").split(b"\n")[:-1]  # what follows the last newline is torn
     try:
         head = msgspec.json.decode(lines[0], type=_Head)
-        shards = [msgspec.json.decode(line, type=Shard) for line in lines[1:]]
     except (IndexError, ValueError):
         return None
+    shards: list[Shard] = []
+    with suppress(ValueError):  # what follows a line that is none was not written by us
+        for line in lines[1:]:
+            shards.append(msgspec.json.decode(line, type=Shard))
     return Found(head.key, shards) if head.format == _FORMAT else None
 
 
@@ -60,8 +64,9 @@ class Journal:
     def begin(self, key: Mapping[str, str], shards: Iterable[Shard]) -> None:
         """Start anew with `shards`, in place of what is there."""
         temporary = self._folder / f"{JOURNAL_NAME}.new"
+        temporary.unlink(missing_ok=True)
         head = msgspec.json.encode(_Head(_FORMAT, dict(key)))
-        _append(temporary, b"\n".join([head, *map(msgspec.json.encode, shards), b""]), "wb")
+        _append(temporary, b"\n".join([head, *map(msgspec.json.encode, shards), b""]))
         temporary.replace(self._folder / JOURNAL_NAME)
         sync(self._folder)
         sync(self._folder.parent)
@@ -75,7 +80,7 @@ class Journal:
             for folder in (place, *place.relative_to(self._folder).parents):
                 sync(self._folder / folder)
         lines = b"".join(msgspec.json.encode(one) + b"\n" for one in listed)
-        _append(self._folder / JOURNAL_NAME, lines, "ab")
+        _append(self._folder / JOURNAL_NAME, lines)
 
 
 def sync(path: Path) -> None:
@@ -87,8 +92,15 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def _append(path: Path, data: bytes, mode: str) -> None:
-    with path.open(mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _append(path: Path, data: bytes) -> None:
+    """All of it, or nothing: what comes after half a line could not be read."""
+    with path.open("ab") as file:
+        size = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise

@@ -217,6 +217,7 @@ def test_full_pools_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         lambda data: data[:-3],  # a torn last line
         lambda data: data + b'{"layer": 1, "exp',
         lambda data: data.replace(b"l000/e0003", b"l000/e0002"),
+        lambda data: data.replace(b'{"layer":1', b"{{"),
         lambda data: data.replace(b"experts/l000/e0001.moe0", b"../../../../../../etc/hosts"),
     ],
 )
@@ -240,6 +241,29 @@ def test_a_journal_that_is_none_starts_anew(tmp_path: Path, text: str) -> None:
     stop(tmp_path / "p")
     (tmp_path / ".p.partial" / JOURNAL_NAME).write_text(text)
     assert write(tmp_path / "p")[1] == PLACES
+
+
+def test_a_disk_that_fills_up_under_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a line is taken back: the shards noted before it are still known."""
+    monkeypatch.setattr(writer_module, "JOURNAL_BYTES", 1)
+    fsync, noted = os.fsync, 0
+
+    def full(fd: int) -> None:
+        nonlocal noted
+        if Path(f"/proc/self/fd/{fd}").readlink().name == JOURNAL_NAME:
+            noted += 1
+            if noted >= 3:
+                os.truncate(fd, os.fstat(fd).st_size - 10)
+                raise OSError(errno.ENOSPC, "full")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ExportError, match="the disk is full"):
+        write(tmp_path / "p")
+    monkeypatch.undo()
+    assert write(tmp_path / "p")[1] == PLACES[2:]
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
