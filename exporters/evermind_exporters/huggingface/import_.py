@@ -139,6 +139,8 @@ def import_checkpoint(
         limit = getattr(model.config, "max_position_embeddings", None)
         cut = cut_graph(program, trunk, limit)
         del program
+        if not any(spec.is_buffer for spec in cut.states.values()):
+            tell("keeping caches as they are exported, which is slower: see docs/huggingface.md")
         package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters)
         tell("computing what transformers gives")
         reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
