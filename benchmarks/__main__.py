@@ -35,6 +35,7 @@ NAMES = (
     "tokitai",
     "synapse",
     "huggingface",
+    "import_",
     "context",
 )
 NOTEBOOK = ROOT / "BENCHMARKS.md"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from evermind_manifests.dtypes import ITEMSIZE, STORAGE
-from evermind_manifests.errors import CheckpointError, ExportError
+from evermind_manifests.errors import CheckpointError, ConfigError, ExportError
 from evermind_manifests.manifest import DType
 from evermind_manifests.package import Package, open_package
 from evermind_manifests.safetensors_header import read_header
@@ -283,3 +283,11 @@ def test_a_model_larger_than_memory_is_laid_out(checked: Callable[..., Checked])
     tensors = [_untouched((1 << 16, 1 << 14)) for _ in range(16)]
     assert sum(one.numel() for one in tensors) * 4 == 64 << 30
     assert float(tensors[7][-1, -1]) == 0
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
+
+    options = ImportOptions(trunk="f8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="trunk: expected one of keep, f16, bf16, f32"):
+        import_checkpoint(tmp_path, tmp_path / "package", options)

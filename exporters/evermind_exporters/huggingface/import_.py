@@ -63,12 +63,14 @@ _PARITY_TOKENS = 16
 class ImportOptions:
     """How to write the package.
 
-    `dtype` "keep" copies expert weights bit by bit; the others round them. Resident weights
-    are float32, to which f16 and bf16 widen without loss. `restart` removes what an import
+    `dtype` "keep" copies weights bit by bit; the others round them. `trunk` is the same for all
+    weights but the experts', by default what `dtype` is: f16 and bf16 round matrices of 512 Ki
+    values and more and keep what is smaller, f32 widens all. `restart` removes what an import
     that was cut off has left, in place of going on from there.
     """
 
     dtype: ImportDType = "keep"
+    trunk: ImportDType | None = None
     layout: Literal["files", "pool"] = "files"
     name: str | None = None
     card: Card = field(default_factory=Card)
@@ -110,10 +112,8 @@ def import_checkpoint(
     something else than transformers, cannot be written, or another import was cut off there.
     """
     options = options or ImportOptions()
-    if options.dtype not in get_args(ImportDType):
-        raise ConfigError(
-            f"dtype: expected one of {', '.join(get_args(ImportDType))}, found {options.dtype!r}"
-        )
+    wanted = _dtype("dtype", options.dtype)
+    trunk_wanted = _dtype("trunk", options.trunk or options.dtype)
     tell = stage or (lambda _: None)
     errors: list[float] = []
     require_transformers()
@@ -126,10 +126,9 @@ def import_checkpoint(
             empty = empty_model(folder)
             modules = find_experts(empty)
             layers = map_experts(empty, modules, checkpoint)
-            wanted = None if options.dtype == "keep" else options.dtype
             stored_as = stored_dtypes(layers, checkpoint, wanted)
             kinds = ExpertKinds(empty, modules, stored_as)
-            trunk = Trunk(empty, modules, checkpoint, wanted)
+            trunk = Trunk(empty, modules, checkpoint, trunk_wanted)
             model = skeleton(empty, modules, trunk)
         kept = _resume(writer, checkpoint, options, tell, progress)
         _check_space(writer, kinds, modules, trunk)
@@ -163,6 +162,15 @@ def import_checkpoint(
             package.manifest(), lambda folder: errors.append(parity_error(folder))
         )
         return ImportResult(digest, model.config.model_type, errors[0], tuple(package.notes))
+
+
+def _dtype(option: str, value: ImportDType) -> DType | None:
+    """What weights are to be stored as, or None to keep them. Raises `ConfigError`."""
+    if value not in get_args(ImportDType):
+        raise ConfigError(
+            f"{option}: expected one of {', '.join(get_args(ImportDType))}, found {value!r}"
+        )
+    return None if value == "keep" else value
 
 
 def _resume(
