@@ -23,6 +23,8 @@ MAX_TEMPLATE_BYTES = 1 << 20
 # The names under which messages carry reasoning, the one that templates read first
 # (transformers' chat_template_utils).
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# What `Model.render` takes itself.
+_RESERVED = {"self", "messages", "tools", "template", "add_generation_prompt"}
 
 
 class ChatTemplates:
@@ -107,6 +109,8 @@ class Chat:
         # The last prompt, and where the state was behind it.
         self._prompt: list[int] = []
         self._mark: Mark | None = None
+        # The answer that may run on the state: the last one.
+        self._last: Iterator[Piece] | None = None
         #: Tokens of the last prompt, and how many of them were run before.
         self.prompt_tokens = 0
         self.reused_tokens = 0
@@ -135,7 +139,10 @@ class Chat:
         conversation as far as it came.
         """
         model = self._model
-        text = model.render(messages, tools=tools, template=template, **(variables or {}))
+        variables = variables or {}
+        if taken := sorted(_RESERVED & variables.keys()):
+            raise InputError(f"variables: {taken[0]!r} has a meaning of its own")
+        text = model.render(messages, tools=tools, template=template, **variables)
         if model.codec is None:
             raise InputError("this package has no tokenizer, so it cannot take messages")
         ids = model.codec.encode(text, special=False)
@@ -152,6 +159,7 @@ class Chat:
             before=ids[:begin],
             show_stop=False,
         )
+        self._last = pieces
         self.prompt_tokens, self.reused_tokens = len(ids), begin
         return self._follow(pieces, state, ids)
 
@@ -169,7 +177,7 @@ class Chat:
 
     def _follow(self, pieces: Iterator[Piece], state: State, ids: list[int]) -> Iterator[Piece]:
         held, last = list(ids), None
-        self._held = []
+        self._begin_step(pieces)
         for piece in pieces:
             # The step that made this piece has run all before it.
             if last is None:
@@ -179,9 +187,14 @@ class Chat:
             last = piece.token
             self._held = held
             yield piece
-            self._held = []
+            self._begin_step(pieces)
         if last is not None:
             self._held = held
+
+    def _begin_step(self, pieces: Iterator[Piece]) -> None:
+        if pieces is not self._last:
+            raise InputError("this answer cannot go on: a later one has begun")
+        self._held = []
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -279,6 +279,18 @@ def test_a_loop_that_is_left_early_goes_on_where_it_was(model: Model) -> None:
     assert list(chat.answer(messages)) == list(model.chat().answer(messages))
 
 
+def test_an_answer_does_not_go_on_after_the_next_has_begun(model: Model) -> None:
+    chat, messages = model.chat(), [user("hello")]
+    first, waiting = chat.answer(messages), chat.answer(messages)
+    with pytest.raises(InputError, match="a later one has begun"):
+        next(first)
+    next(waiting)
+    expected = list(chat.answer([user("other")]))
+    with pytest.raises(InputError, match="a later one has begun"):
+        next(waiting)
+    assert list(chat.answer([user("other")])) == expected
+
+
 def test_a_conversation_from_a_pipe(
     made: Made, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +368,7 @@ def test_a_file_of_messages(made: Made, capsys: Any, tmp_path: Path) -> None:
         ('{"messages": [], "x": 1}', "'x': expected one of"),
         ('["hello"]', "messages: expected a list of objects"),
         ('{"messages": [], "variables": []}', "variables: expected an object"),
+        ('{"messages": [{"role": "user"}], "variables": {"tools": 1}}', "'tools' has a meaning"),
         ("[]", "a list of one or more"),
         ('[{"role": "narrator", "content": "x"}]', "no narrators"),
     ]:
