@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from evermind_exporters.huggingface.checkpoint import Checkpoint, Rows
 from evermind_exporters.huggingface.quantized import open_checkpoint
-from evermind_manifests.errors import CheckpointError, UnsupportedError
+from evermind_manifests.errors import CheckpointError, ConfigError, UnsupportedError
+from evermind_manifests.package import open_package
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -167,3 +168,90 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_not_quantized_is_read_as_it_is(tmp_path: Path) -> None:
     folder = write(tmp_path, {"a": torch.ones(2)})
     assert type(open_checkpoint(folder)) is Checkpoint
+
+
+def as_fp8(tensors: dict[str, Any], block: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Matrices of layers as DeepSeek-V3 stores them, and what transformers makes of that."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    codes, numbers = {}, {}
+    for name, one in tensors.items():
+        codes[name] = numbers[name] = one
+        if not name.endswith("_proj.weight"):
+            continue
+        height, width = (size // block for size in one.shape)
+        scales = one.float().reshape(height, block, width, block).abs().amax((1, 3)) / 448
+        spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        codes[name] = (one.float() / spread).to(torch.float8_e4m3fn)
+        codes[f"{name}_scale_inv"] = scales
+        numbers[name] = Fp8Dequantize(None)._dequantize_one(codes[name], scales, torch.float32)
+    return codes, numbers
+
+
+def as_mxfp4(tensors: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Random experts as gpt-oss stores them, and what transformers makes of them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(11)
+    codes, numbers = {}, {}
+    for name, one in tensors.items():
+        codes[name] = numbers[name] = one
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, width, rows = one.shape
+            shape = (experts, rows, width // 32, 16)
+            blocks = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            scales = torch.randint(121, 126, shape[:-1], generator=generator, dtype=torch.uint8)
+            del codes[name]
+            codes |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            numbers[name] = convert_moe_packed_tensors(blocks, scales)
+    return codes, numbers
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_a_quantized_checkpoint_runs_as_transformers_runs_its_numbers(
+    tmp_path: Path, method: str, request: pytest.FixtureRequest
+) -> None:
+    import evermind_runtime
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+    from evermind_exporters.huggingface.restore import restore_checkpoint
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from .tiny import ARCHITECTURES, CARRIED, make
+
+    if method == "fp8" and not request.config.getoption("--every-architecture"):
+        pytest.skip("fp8 is imported with --every-architecture; its numbers are tested above")
+    source, plain = tmp_path / "quantized", tmp_path / "plain"
+    if method == "fp8":
+        make(source, "deepseek_v3", dtype="bfloat16", form=CARRIED["deepseek_v3"])
+        codes, numbers = as_fp8(load_file(source / "model.safetensors"), block=8)
+    else:
+        form = {**ARCHITECTURES["gpt_oss"], "intermediate_size": 32, "num_hidden_layers": 1}
+        make(source, "gpt_oss", form={**form, "layer_types": ["full_attention"]})
+        codes, numbers = as_mxfp4(load_file(source / "model.safetensors"))
+    plain.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file(numbers, plain / "model.safetensors", metadata={"format": "pt"})
+    config["quantization_config"] = {"quant_method": method, "weight_block_size": [8, 8]}
+    (source / "config.json").write_text(json.dumps(config))
+    save_file(codes, source / "model.safetensors", metadata={"format": "pt"})
+
+    import_checkpoint(source, tmp_path / "package")
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    tokens = np.random.default_rng(2).integers(0, 96, 24)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    with evermind_runtime.load(tmp_path / "package") as package:
+        found = package.forward({"tokens": tokens})["logits"]
+    assert np.abs(expected - found).max() <= 5e-5 * np.abs(expected).max()
+    with (
+        open_package(tmp_path / "package") as opened,
+        pytest.raises(ConfigError, match="quantised"),
+    ):
+        restore_checkpoint(opened, tmp_path / "back")
+    manifest = json.loads((tmp_path / "package/manifest.json").read_text())
+    assert "quantization_config" not in manifest["config"]
+    (kind,) = manifest["kinds"].values()
+    expected_dtype = {"fp8": {"f32"}, "mxfp4": {"bf16", "f32"}}[method]
+    assert {tensor["dtype"] for tensor in kind["tensors"]} == expected_dtype

@@ -203,8 +203,9 @@ CARRIED |= {
         "interleave_moe_layer_step": 1,
         "moe_layers": [0, 2],
         "head_dim": 8,
-        "layer_types": ["full_attention"] * 3,
+        # Attention in chunks of tokens, but for the last layer.
         "no_rope_layers": [1, 1, 0],
+        "attention_chunk_size": 8,
     },
     "dbrx": {
         "d_model": 32,

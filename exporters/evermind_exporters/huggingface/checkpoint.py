@@ -84,6 +84,11 @@ class Checkpoint:
             self._check_index(listed)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration. Raises `CheckpointError` for what is no JSON object."""
+        return read_json(self.folder / CONFIG_NAME)
+
+    @property
     def names(self) -> list[str]:
         """Every tensor."""
         return list(self._tensors)

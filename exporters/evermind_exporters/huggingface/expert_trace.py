@@ -42,7 +42,7 @@ def trace_expert(model: Any, described: ExpertsModule) -> Expert:
 
     try:
         program = torch.onnx.export(
-            OneExpert(),
+            OneExpert().eval(),
             (torch.zeros(3, described.width),),
             dynamo=True,
             opset_version=OPSET,

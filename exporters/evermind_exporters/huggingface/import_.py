@@ -34,7 +34,7 @@ from evermind_manifests.writer import PackageWriter, unfinished
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
 from ..parity import PARITY_NAME, encode_case
-from .checkpoint import CONFIG_NAME, Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .cut import Cut, cut_graph
 from .documents import left_out, read_documents
 from .expert_kinds import ExpertKinds
@@ -43,6 +43,7 @@ from .experts import ExpertsModule, find_experts
 from .guesses import guess_ids, guess_x
 from .origin import kept_file, kept_notes, kept_reader, source_map
 from .proof import parity_error
+from .quantized import open_checkpoint
 from .quiet import quiet
 from .reference import Reference, stored
 from .resident_file import resident_file, resident_reader
@@ -117,7 +118,7 @@ def import_checkpoint(
     tell = stage or (lambda _: None)
     errors: list[float] = []
     require_transformers()
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     with PackageWriter(
         destination, layout=options.layout, overwrite=options.overwrite, resumable=True
     ) as writer:
@@ -266,7 +267,7 @@ class _Draft:
     def manifest(self) -> Manifest:
         """The manifest without `files` and `shards`."""
         folder = self._checkpoint.folder
-        config = read_json(folder / CONFIG_NAME)
+        config = self._checkpoint.config
         modules = self._modules
         return Manifest(
             schema=SCHEMA,

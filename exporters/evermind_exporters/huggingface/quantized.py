@@ -21,7 +21,7 @@ from evermind_manifests.dtypes import count_nonfinite, decode
 from evermind_manifests.errors import CheckpointError, UnsupportedError
 from evermind_manifests.manifest import DType
 
-from .checkpoint import CONFIG_NAME, Checkpoint, Rows, read_json
+from .checkpoint import CONFIG_NAME, Checkpoint, Rows
 
 QUANTIZATION: Final = "quantization_config"
 _FP8_METHODS, _MXFP4_METHOD = ("fp8", "mxfp8"), "mxfp4"
@@ -62,7 +62,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     and for scales that do not fit.
     """
     plain = Checkpoint(folder)
-    method = quantization(read_json(folder / CONFIG_NAME))
+    method = _method(plain.config)
     if method is None:
         return plain
     if method not in (*_FP8_METHODS, _MXFP4_METHOD):
@@ -73,13 +73,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return DequantizedCheckpoint(folder)
 
 
-def quantization(config: dict[str, Any]) -> str | None:
+def _method(config: dict[str, Any]) -> str | None:
     """How a checkpoint with this configuration is quantized, if it is."""
     found = config.get(QUANTIZATION)
     if not found:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    return str(method)[:40]
+    return str(found.get("quant_method") if isinstance(found, dict) else found)[:40]
 
 
 class DequantizedCheckpoint(Checkpoint):
@@ -88,8 +87,7 @@ class DequantizedCheckpoint(Checkpoint):
     def __init__(self, folder: Path) -> None:
         """Reads all scales once. Raises `CheckpointError` where they do not fit the weights."""
         super().__init__(folder)
-        config = read_json(folder / CONFIG_NAME)[QUANTIZATION]
-        self._block = config.get("weight_block_size") if isinstance(config, dict) else None
+        self._block = super().config[QUANTIZATION].get("weight_block_size")
         self._made: dict[str, _Quantized] = {}
         fp8 = {}
         for name, (_, spec) in self._tensors.items():
@@ -107,6 +105,11 @@ class DequantizedCheckpoint(Checkpoint):
         used = {part for one in self._made.values() for part in (one.codes, one.scales)}
         plain = [name for name in self._tensors if name not in used and not name.endswith(_UNUSED)]
         self._names = [*plain, *self._made]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the same model, not quantized."""
+        return {name: value for name, value in super().config.items() if name != QUANTIZATION}
 
     @property
     def names(self) -> list[str]:

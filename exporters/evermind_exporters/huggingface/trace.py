@@ -13,6 +13,7 @@ from . import attention
 from .experts import ExpertsModule
 from .fixes import fixes
 from .opaque import opaque_experts
+from .quantized import QUANTIZATION
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
 
 # Lengths of the sample a trace is made with; both vary in the graph.
@@ -34,15 +35,15 @@ def empty_model(folder: Path) -> Any:
     """The model on the meta device: modules and shapes, no weights.
 
     Raises `UnsupportedError` for a configuration that transformers does not know, or that
-    brings code of its own, or whose weights are quantized.
+    brings code of its own.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            raise UnsupportedError(f"{folder}: quantized checkpoints are not carried yet")
+        if getattr(config, QUANTIZATION, None):  # its numbers are dequantised as they are read
+            delattr(config, QUANTIZATION)
         with torch.device("meta"):
             maker: Any = AutoModelForCausalLM
             return maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
