@@ -209,3 +209,31 @@ def test_experts_of_an_unknown_form_are_refused() -> None:
     odd = layer(activation=lambda x: x if x.sum() > 0 else -x)
     with pytest.raises(UnsupportedError, match="cannot be exported"):
         kinds_of(torch.nn.ModuleDict({"experts": odd}))
+
+
+def unmarked(model_type: str, **changed: Any) -> Any:
+    """A model whose experts transformers does not mark, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .tiny import CARRIED, COMMON
+
+    config = AutoConfig.for_model(model_type, **{**COMMON, **CARRIED[model_type], **changed})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_experts_without_a_mark_are_recognised_by_what_they_hold_and_take() -> None:
+    first, *_ = find_experts(unmarked("dbrx"))
+    assert (first.call, first.path) == ("routed", f"{first.caller}.mlp")
+    # Of the three, the last is multiplied by as it lies.
+    assert first.tensors == {"w1": (24, 32), "v1": (24, 32), "w2": (32, 24)}
+    assert [part.transposed for part in first.parameters] == [False, False, True]
+    first, *_ = find_experts(unmarked("llama4_text"))
+    assert (first.call, first.path) == ("sorted", first.caller)
+    assert first.swiglu
+    assert all(part.transposed for part in first.parameters)
+
+
+def test_weighed_inputs_of_several_experts_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="only one"):
+        find_experts(unmarked("llama4_text", num_experts_per_tok=2))

@@ -67,7 +67,7 @@ class Matrix:
 def uses(module: Any, matrices: Mapping[str, tuple[int, int]], width: int) -> dict[str, bool]:
     """For each of an expert's matrices whether `module` multiplies by it, not by its transpose.
 
-    Raises `UnsupportedError` where it is not used so just once.
+    Raises `UnsupportedError` where it is not used so just once, or `module` takes something else.
     """
     import torch
 
@@ -77,8 +77,15 @@ def uses(module: Any, matrices: Mapping[str, tuple[int, int]], width: int) -> di
         seen[product.parameter].append(product.transposed)
         return x.new_zeros(x.shape[0], product.width)
 
-    with torch.no_grad():
-        run_with(module, torch.zeros(1, width), matrices, multiply)
+    try:
+        with torch.no_grad():
+            run_with(module, torch.zeros(1, width), matrices, multiply)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{type(module).__name__}: experts that cannot be computed one by one: {error}"
+        ) from error
     odd = [name for name, found in seen.items() if len(found) != 1]
     if odd:
         raise UnsupportedError(f"experts: expected one product with {', '.join(odd)}")

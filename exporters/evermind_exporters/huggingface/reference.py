@@ -99,7 +99,14 @@ class _Stack:
         if func is not torch.bmm or kwargs or not isinstance(args[1], cls):
             raise UnsupportedError(f"experts compute {func} with all their matrices at once")
         x, stack = args
-        return torch.stack([rows @ stack[expert] for expert, rows in enumerate(x)])
+        width = stack.shape[-1]
+        # Rows of zeros belong to tokens that are another expert's, which need not be read for them.
+        return torch.stack(
+            [
+                rows @ stack[expert] if rows.any() else rows.new_zeros(len(rows), width)
+                for expert, rows in enumerate(x)
+            ]
+        )
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
         import torch
