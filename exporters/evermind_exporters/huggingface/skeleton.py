@@ -1,21 +1,23 @@
 """A model that can be run and traced without its weights being in memory.
 
 Its parameters are float32 zeros in memory that is never touched: they have addresses and shapes,
-and no pages. `borrowed` puts a layer's weights in their place while that layer runs.
+and no pages. `borrowed` puts a layer's weights in their place while that layer runs; embeddings and
+the output matrix are read in rows.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from evermind_manifests.errors import UnsupportedError
 
 from .experts import ExpertsModule
-from .trunk import Trunk
+from .trunk import LARGE, Trunk
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +71,13 @@ def skeleton(model: Any, modules: Sequence[ExpertsModule], trunk: Trunk) -> Any:
 @contextmanager
 def borrowed(model: Any, trunk: Trunk) -> Iterator[None]:
     """While the model runs, each of its layers has its weights, and only while it runs itself."""
-    handles = []
+    handles, piecewise = [], []
     for unit, places in _units(model):
+        forward = _by_rows(unit, places, trunk)
+        if forward is not None:
+            unit.forward = forward
+            piecewise.append(unit)
+            continue
         loan = _Loan(places, trunk)
         handles.append(unit.register_forward_pre_hook(loan.lend))
         handles.append(unit.register_forward_hook(loan.take_back, always_call=True))
@@ -79,6 +86,41 @@ def borrowed(model: Any, trunk: Trunk) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for unit in piecewise:
+            del unit.forward
+
+
+def _by_rows(
+    unit: Any, places: Sequence[_Place], trunk: Trunk
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """How to run embeddings or an output matrix without all of it; None for any other unit.
+
+    They are the largest weights of most models.
+    """
+    import torch
+    from torch.nn import functional
+
+    if len(places) != 1:
+        return None
+    weight = trunk.name(places[0].parameter)
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        rows = [trunk.rows(weight, one, one + 1) for one in ids.flatten().tolist()]
+        return torch.from_numpy(np.concatenate(rows)).reshape(*ids.shape, -1)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        out, step = unit.out_features, max(1, LARGE // unit.in_features)
+        parts = []
+        for begin in range(0, out, step):
+            rows = trunk.rows(weight, begin, min(begin + step, out))
+            parts.append(functional.linear(x, torch.from_numpy(rows)))
+        return torch.cat(parts, -1)
+
+    if type(unit) is torch.nn.Embedding and unit.max_norm is None:
+        return embed
+    if type(unit) is torch.nn.Linear:
+        return multiply
+    return None
 
 
 class _Place(NamedTuple):

@@ -135,6 +135,17 @@ class Trunk:
             begin += block.size
         return result.reshape(one.shape)
 
+    def rows(self, weight: str, begin: int, end: int) -> npt.NDArray[np.float32]:
+        """Rows `begin` to `end` of a matrix, as `values` has them."""
+        one = self._weights[weight]
+        if isinstance(one.source, Converted):
+            return self.values(weight)[begin:end]
+        width = one.shape[1]
+        found = self._checkpoint.values(one.source, begin * width, end * width)
+        if one.found != one.stored:
+            found = dtypes.encode(_decode(found, one.found), one.stored)
+        return _decode(found, one.stored).reshape(end - begin, width)
+
     def places(self, used: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """Checkpoint tensor → the weights of `used` that, one after another, have its bits.
 
