@@ -134,7 +134,7 @@ def compare(
                 target = f"benchmarks.hf_sides.{way.side}"
                 worker = stack.enter_context(Worker(target, threads=THREADS, **way.arguments))
                 workers.append(worker)
-                file, count = f"{folder}/logits.npy", tokens // way.tokens
+                file, count = f"{folder}/logits.npy", max(1, tokens // way.tokens)
                 opened = worker("logits", prompt=prompt, forced=forced[0][:count], file=file)
                 found = np.load(file)
                 expected = found if expected is None else expected
@@ -148,7 +148,7 @@ def compare(
                     worker("timed", prompt=long, forced=[])
             for at in range(1, 1 + rounds):
                 for way, worker in zip(group, workers, strict=True):
-                    row = forced[at][: tokens // way.tokens]
+                    row = forced[at][: max(1, tokens // way.tokens)]
                     timed = worker("timed", prompt=prompt, forced=row, routes=routes[at])
                     one = results[way.name]
                     assert isinstance(one, Found)
@@ -178,7 +178,7 @@ def _limited_ways(files: Files, limit: int, *, direct: bool) -> list[Way]:
     return [
         Way(OURS, "Ours", 0, ours),
         Way(LLAMA, "LlamaCpp", 0.05, {"file": str(files.gguf)}, ("llama_cpp", "gguf")),
-        Way(ACCELERATE, "Accelerate", 0.5, {**offload, "dtype": "bfloat16"}, ("accelerate",), 4),
+        Way(ACCELERATE, "Accelerate", 0.5, {**offload, "dtype": "bfloat16"}, ("accelerate",), 12),
     ]
 
 
