@@ -174,7 +174,8 @@ class MappedWeights:
             held = mapped_bytes() - self._other
         if held > self._limit:
             # What is used was told too late, or read ahead beside its neighbours.
-            self._dropped.clear()
+            with self._lock:
+                self._dropped.clear()
         return found
 
     def _drop(self, key: Hashable) -> None:

@@ -165,6 +165,8 @@ class Chat:
 
     def _resume(self, ids: list[int]) -> tuple[State, int]:
         """A state that holds a beginning of `ids`, and how long that is."""
+        # An answer that was left must not go on with a state that is another's.
+        self._last = None
         if self._state is not None:
             for held, mark in ((self._held, None), (self._prompt, self._mark)):
                 if 0 < len(held) < len(ids) and ids[: len(held)] == held:

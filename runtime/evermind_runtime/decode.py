@@ -62,6 +62,11 @@ class _BoundStep:
     choices: Choices
     # For fused experts: what later layers will probably need, to be read while these run.
     guesses: list[_BoundGuess] = field(default_factory=list)
+    # What each of `buffers` is bound to now.
+    filled: list[ort.OrtValue | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.filled = [None] * len(self.buffers)
 
 
 @dataclass(slots=True)
@@ -106,7 +111,6 @@ class BoundDecode:
             for name, spec in plan.state.items()
             if name in state.grown
         }
-        self._moves = -1
         steps = engine.decode
         for step in steps:
             self._allocate(step)
@@ -179,16 +183,15 @@ class BoundDecode:
 
     def _bind_buffers(self) -> None:
         """Bind the state's buffers where they are now."""
-        state = self._state
-        if self._moves == state.moves:
-            return
-        for step in (*self._sides[0], *self._sides[1]):
+        for step in self._sides[self._state.side]:
             if isinstance(step, _BoundStep):
-                for given, taken, name in step.buffers:
-                    value = state.buffers[name].value
-                    step.binding.bind_ortvalue_input(given, value)
-                    step.binding.bind_ortvalue_output(taken, value)
-        self._moves = state.moves
+                for at, (given, taken, name) in enumerate(step.buffers):
+                    value = self._state.buffers[name].value
+                    if step.filled[at] is not value:
+                        step.filled[at] = None
+                        step.binding.bind_ortvalue_input(given, value)
+                        step.binding.bind_ortvalue_output(taken, value)
+                        step.filled[at] = value
 
     def _run_experts(self, step: _BoundExperts) -> None:
         """As `run_program` does it, without those whose gate is 0.
@@ -214,6 +217,8 @@ class BoundDecode:
             with pager.acquire(layer, group) as slots:
                 for expert, slot in zip(group, slots, strict=True):
                     if step.bound is not slot:
+                        # Ctrl-C may leave some tensors of one bound, and some of the other.
+                        step.bound = None
                         slot.bind(step.binding, step.names, engine.kinds[layer])
                         step.bound = slot
                     run_graph(step.graph, step.session, step.binding)
@@ -232,6 +237,7 @@ class BoundDecode:
     def _rebind(self, step: _BoundStep, slots: list[Slot]) -> None:
         for position, slot in enumerate(slots):
             if step.bound[position] is not slot:
+                step.bound[position] = None
                 slot.bind(step.binding, step.names[position], self._engine.kinds[step.layer])
                 step.bound[position] = slot
 

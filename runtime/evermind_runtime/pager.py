@@ -153,6 +153,7 @@ class Pager:
                     self.recorder(layer, tokens)
                 if self._held:
                     self._held.pop(layer, None)
+                if self._missed:
                     self._missed.pop(layer, None)
                 if guessed := self._guessed.pop(layer, None):
                     self._resolve(layer, guessed, tokens)
@@ -198,6 +199,7 @@ class Pager:
         finally:
             with self._lock:
                 self._held.pop(layer, None)
+                self._missed.pop(layer, None)
 
     def expect(self, layer: int, experts: Sequence[int]) -> list[list[int]]:
         """The groups in which to acquire these experts: all that are there, then one by one.
@@ -458,15 +460,16 @@ class Pager:
         error: BaseException | None = None
         try:
             proceed = (lambda: self._proceeds(job)) if job.guess and not job.wanted else None
-            waits = (lambda: self._call_readers(others)) if self._readers else None
+            alone = self._readers is None or proceed is not None
+            waits = None if alone else lambda: self._call_readers(others)
             self.reader.fill(job.keys, job.slots, job.read, proceed, waits)
-            self._cached += not job.guess
         except BaseException as caught:
             error = caught
             raise
         finally:
             with self._lock:
                 self.counters.read_seconds += time.perf_counter() - started
+                self._cached += error is None and not job.guess
                 self._settle(job, error)
 
     def _call_readers(self, jobs: Sequence[Job]) -> None:

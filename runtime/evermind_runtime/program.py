@@ -124,10 +124,11 @@ def run_program(
     value is not finite that must be, the state is as before. An `observer` sees every expert
     run, in graphs with statistics where the kind has them.
     """
-    current = state.current
     count = tokens_in(engine.manifest.plan, inputs)
     state.check_room(count)
+    # Before anything refers to the arrays: those that are outgrown are freed at once.
     state.reserve(count)
+    current = state.current
     board: dict[str, Array] = {**inputs, **current, **state.lengths}
     # What replaces the state does so for the next call: later steps read the old value.
     replaced: dict[str, Array] = {}

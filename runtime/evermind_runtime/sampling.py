@@ -21,6 +21,8 @@ from .lcg import Lcg
 from .warping import Warping, penalise
 
 DEFAULT_SEED = 1
+# Logits over less would leave the range of float32.
+_LEAST_TEMPERATURE = 1e-30
 
 _T = TypeVar("_T")
 
@@ -60,8 +62,15 @@ class Sampling:
             top_p=_first(self.top_p, defaults.top_p),
             min_p=_first(self.min_p, defaults.min_p),
         )
+        if isinstance(warping.top_k, bool) or not isinstance(warping.top_k, int | np.integer):
+            raise InputError(f"top_k: expected a whole number, found {warping.top_k!r}")
         if warping.top_k < 0:
             raise InputError(f"top_k: expected 0 (all) or more, found {warping.top_k}")
+        if 0 < temperature < _LEAST_TEMPERATURE and not warping.keeps_all:
+            raise InputError(
+                f"temperature: expected 0 or at least {_LEAST_TEMPERATURE} beside top_k, top_p "
+                f"and min_p, which are computed in float32, found {temperature}"
+            )
         for name in ("top_p", "min_p"):
             if not 0 <= (value := getattr(warping, name)) <= 1:
                 raise InputError(f"{name}: expected a number from 0 to 1, found {value}")

@@ -107,7 +107,7 @@ class ShardReader:
             self._fill_together(shards, slots, read)
             return
         for at, slot in enumerate(slots):
-            unknown = self._verify == "always" or keys[at] not in self._verified
+            unknown = self._checks(keys[at])
             with slot.filling() as room:
                 cached = 0
                 if waits is not None:
@@ -248,9 +248,13 @@ class ShardReader:
             self._neighbours = False
         return self._neighbours
 
+    def _checks(self, key: ExpertKey) -> bool:
+        """Whether what is read of this expert is held against its digest."""
+        return self._verify == "always" or (self._verify == "first" and key not in self._verified)
+
     def _check(self, shard: Shard, room: memoryview, read: list[int], at: int) -> None:
         key = shard.layer, shard.expert
-        if self._verify == "never" or (self._verify == "first" and key in self._verified):
+        if not self._checks(key):
             return
         data = room[: shard.bytes]
         where, field = shard_place(shard), f"shard of layer {key[0]}, expert {key[1]}"

@@ -51,8 +51,6 @@ class State:
         self.buffers = {name: _Rows(spec) for name, spec in plan.state.items() if spec.is_buffer}
         #: How many rows of buffers are filled, as the blackboard has it.
         self.lengths: dict[str, Array] = {name: np.zeros(1, np.int64) for name in plan.lengths}
-        #: How often buffers have moved: bindings to them last as long as this stays.
-        self.moves = 0
         # The decode executor keeps its bindings to these arrays here.
         self.bindings: Any = None
 
@@ -114,7 +112,8 @@ class State:
 
     def reserve(self, rows: int) -> None:
         """Have room for that many more rows in every buffer."""
-        self.moves += sum([buffer.reserve(rows) for buffer in self.buffers.values()])
+        for buffer in self.buffers.values():
+            buffer.reserve(rows)
 
     def fill(self, rows: int) -> None:
         """That many more rows of every buffer are filled."""
@@ -155,7 +154,6 @@ class State:
         twin.grown = {name: _Rows(self._specs[name]) for name in self.grown}
         twin.buffers = {name: _Rows(self._specs[name]) for name in self.buffers}
         twin.lengths = {name: np.zeros(1, np.int64) for name in self.lengths}
-        twin.moves = 0
         twin.bindings = None
         twin._take(self.current)
         return twin
@@ -199,7 +197,7 @@ class State:
     def _take(self, arrays: Mapping[str, Array]) -> None:
         self._take_written(arrays)
         for name, buffer in self.buffers.items():
-            self.moves += buffer.append(arrays[name])
+            buffer.append(arrays[name])
         self._tell()
 
     def _tell(self) -> None:
@@ -236,26 +234,26 @@ class _Rows:
         """The rows so far."""
         return self._array[self._span(0, self.count)]
 
-    def append(self, rows: Array) -> bool:
-        """Add `rows`, as many as their shape says; says whether the array has moved."""
+    def append(self, rows: Array) -> None:
+        """Add `rows`, as many as their shape says."""
         begin, more = self.count, rows.shape[self._axis]
-        moved = self.reserve(more)
+        self.reserve(more)
         self._array[self._span(begin, begin + more)] = rows
         self.count += more
-        return moved
 
-    def reserve(self, rows: int) -> bool:
-        """Have room for that many more; says whether the array has moved."""
+    def reserve(self, rows: int) -> None:
+        """Have room for that many more; `value` is another one if the array had to move."""
         shape = list(self._array.shape)
         room = shape[self._axis]
         if self.count + rows <= room:
-            return False
+            return
         room = 2 * room if self._limit is None else min(2 * room, self._limit)
         shape[self._axis] = max(self.count + rows, room)
         larger = np.empty(shape, self._array.dtype)
         larger[self._span(0, self.count)] = self.view()
-        self._array, self._value = larger, None
-        return True
+        # In this order: what Ctrl-C leaves is a value of the array that is used.
+        self._value = None
+        self._array = larger
 
     def _span(self, begin: int, end: int) -> tuple[slice, ...]:
         return (*(slice(None),) * self._axis, slice(begin, end))

@@ -117,6 +117,11 @@ class TemplateProcess:
 def _start(seconds: int) -> subprocess.Popen[bytes]:
     if util.find_spec("jinja2") is None:
         raise MissingExtraError("jinja2", "text", "Rendering a chat template")
+    if util.find_spec("resource") is None:
+        raise TemplateError(
+            "chat templates are not rendered on this system, which cannot bound what they take",
+            hint="Render the messages elsewhere and pass the text as a prompt.",
+        )
     found = metadata.version("jinja2")
     if tuple(int(part) for part in found.split(".")[:3] if part.isdigit()) < _LEAST_JINJA:
         least = ".".join(map(str, _LEAST_JINJA))

@@ -8,7 +8,7 @@ from typing import Any
 import evermind_runtime as em
 import numpy as np
 import pytest
-from evermind_runtime import open_engine
+from evermind_runtime import devices, open_engine
 
 from tests.packages import export, random_source
 
@@ -24,6 +24,7 @@ CONFIG = {
     "topK": 4,
 }
 TOKENS = {"tokens": list(range(30))}
+BIND = devices.CpuSlot.bind
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,64 @@ def test_what_is_at_hand_runs_before_what_is_missing(package: Path) -> None:
             pass
         stats = model.stats()
         assert (stats.expert_hits, stats.expert_misses) == (2, 4)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("bytes_from", [1, 1 << 40])
+def test_a_prompt_leaves_no_misses_behind(
+    package: Path, monkeypatch: pytest.MonkeyPatch, bytes_from: int, cold: bool
+) -> None:
+    monkeypatch.setattr(open_engine, "ONE_BY_ONE_BYTES", bytes_from)
+    with load(package, plan="half", cold=cold) as model:
+        state = model.new_state()
+        model.forward(TOKENS, state=state)
+        for token in range(10):
+            model.decode({"tokens": np.array([token])}, state)
+        stats = model.stats()
+        assert stats.bytes_read == stats.expert_misses * model.manifest.shards[0].bytes
+
+
+def test_an_interrupted_binding_is_done_again(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bytes_from in (1, 1 << 40):
+        monkeypatch.setattr(open_engine, "ONE_BY_ONE_BYTES", bytes_from)
+        with load(package, plan="half") as model:
+            state = model.new_state()
+            expected = [
+                model.decode({"tokens": np.array([t])}, state)["logits"].copy() for t in range(30)
+            ]
+            again = model.new_state()
+            model.decode({"tokens": np.array([0])}, again)
+            turns = iter([False] * 7 + [True] + [False] * 10_000)
+
+            def broken(self: Any, binding: Any, names: Any, kind: Any, turns: Any = turns) -> None:
+                if not next(turns):
+                    return BIND(self, binding, names, kind)
+                names = list(names)
+                values = self._values.get(id(kind)) or [self._view(one) for one in kind.tensors]
+                binding.bind_ortvalue_input(names[0], values[0])
+                raise KeyboardInterrupt
+
+            interrupted = 0
+            with monkeypatch.context() as patch:
+                patch.setattr(devices.CpuSlot, "bind", broken)
+                at = 1
+                while at < 30:
+                    mark = again.mark()
+                    try:
+                        found = model.decode({"tokens": np.array([at])}, again)["logits"]
+                    except KeyboardInterrupt:
+                        interrupted += 1
+                        again.rewind(mark)
+                        continue
+                    np.testing.assert_array_equal(found, expected[at])
+                    at += 1
+            assert interrupted == 1
+
+
+def test_what_is_never_verified_is_read_as_fast(package: Path) -> None:
+    with load(package, budget="50%", cold=False, verify="never", guess="off") as model:
+        for _ in range(2):
+            model.forward(TOKENS, steps="decode")
+        assert model._pager._cached >= 8
