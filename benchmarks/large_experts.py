@@ -137,7 +137,7 @@ def decode(path: str, side: str, routing: str, tokens: int, io: IoMode) -> dict[
         assert drop_pages(file_extents(opened)), "the disk cannot be made cold here"
         with enforced(model.budget, take_back) as seen:
             started = time.perf_counter()
-            for token in _span(routing, 120)[:tokens]:
+            for token in _span(routing, tokens):
                 values = model.decode({"tokens": np.array([token])}, state)
                 chosen.append([sorted(values[f"ids.{at}"][0].tolist()) for at in range(layers)])
             seconds = time.perf_counter() - started

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from evermind_exporters.huggingface.expert_kinds import ExpertKinds
 from evermind_exporters.huggingface.experts import ExpertsModule, find_experts
 from evermind_manifests.dtypes import encode
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import DType
+from evermind_runtime import onnx_runtime
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -107,7 +107,10 @@ def kinds_of(model: Any, dtype: DType = "f32") -> tuple[list[ExpertsModule], Exp
 
 
 def computed(graph: bytes, x: np.ndarray[Any, Any], tensors: dict[str, Any]) -> Any:
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    onnx_runtime.start()  # Whichever test comes first: a process has one pool for all sessions.
+    session = onnx_runtime.require().InferenceSession(
+        graph, onnx_runtime.session_options(), providers=["CPUExecutionProvider"]
+    )
     return session.run(None, {"x": x, **tensors})[0]
 
 
