@@ -135,7 +135,7 @@ def _told_what_is_left(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from evermind_manifests.writer import unfinished
+        from evermind_manifests.staging import unfinished
 
         if left := unfinished(args.output):
             remark(

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ExportError, ShardError
+from .errors import ContentError, ExportError, ShardError
 from .manifest import DType
 
 Rounding: TypeAlias = Literal["nearest", "truncate"]
@@ -88,8 +88,8 @@ def encode(
 ) -> npt.NDArray[Any]:
     """float32 values in their storage dtype: np.float16, np.uint16 (bf16 pattern) or np.float32.
 
-    Raises `ExportError` when a finite value would become an infinity, when `array` is not
-    float32, or for a dtype that does not hold floats of at most 32 bits.
+    Raises `ContentError` when a finite value would become an infinity, `ExportError` when `array`
+    is not float32, or for a dtype that does not hold floats of at most 32 bits.
     """
     if array.dtype != np.float32:
         raise ExportError(f"encode to {dtype}: expected a float32 array, found {array.dtype}")
@@ -180,7 +180,7 @@ def _refuse_overflow(
     count = int(np.count_nonzero(overflowed))
     if count:
         largest = float(np.max(np.abs(array[overflowed])))
-        raise ExportError(
+        raise ContentError(
             f"{count} of {array.size} finite values do not fit {dtype}; the largest magnitude is"
             f" {largest:g}",
             hint="Export with --dtype bf16 or --dtype f32.",

@@ -106,6 +106,10 @@ class ExportError(EvermindPackError, RuntimeError):
     """A package could not be written."""
 
 
+class ContentError(ExportError):
+    """What would be written is wrong, and would be so again: it is not worth keeping."""
+
+
 class InputError(EvermindPackError, ValueError):
     """An array, prompt or option handed in does not fit the model."""
 

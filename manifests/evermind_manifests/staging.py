@@ -15,9 +15,10 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import ExportError
-from .journal import JOURNAL_NAME, sync
+from .journal import JOURNAL_NAME, read_journal, sync
 from .manifest import MANIFEST_NAME
 
 _AT_FDCWD = -100
@@ -28,9 +29,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 class Staging:
     """The scratch folder of one export; `written` counts the bytes that `disk` announced.
 
-    `claim` first; then `publish`, `discard` or `leave`. The destination is touched by
-    `publish` only, and an existing one stays whole until its successor is. `failed` tells that
-    a step on the disk did.
+    `claim` or `claim_empty` first; then `publish`, `discard` or `leave`. The destination is
+    touched by `publish` only, and an existing one stays whole until its successor is. `failed`
+    tells that a step on the disk did.
     """
 
     def __init__(self, destination: Path, *, overwrite: bool) -> None:
@@ -63,6 +64,21 @@ class Staging:
                 self.leave()
             else:
                 self.discard()
+            raise
+
+    def claim_empty(self) -> None:
+        """`claim`, and remove what is left there; raises `ExportError` if that can be resumed."""
+        self.claim()
+        if (found := unfinished(self.destination)) is not None:
+            self.leave()
+            raise ExportError(
+                f"{found.folder}: an unfinished import with {found.shards:,} experts is there",
+                hint="Finish it by the same `import` command, remove it, or choose another name.",
+            )
+        try:
+            self.clear()
+        except BaseException:
+            self.discard()
             raise
 
     def clear(self, keep: Collection[str] = ()) -> None:
@@ -209,6 +225,24 @@ class Staging:
             )
         if place.is_dir() == (place.suffix == ".zip"):
             raise ExportError(f"{place}: a folder and a single file do not replace each other")
+
+
+class Unfinished(NamedTuple):
+    """What a resumable writer left: the folder, and how many shards of how many bytes."""
+
+    folder: Path
+    shards: int
+    bytes: int
+
+
+def unfinished(destination: Path) -> Unfinished | None:
+    """What a writer to `destination` that was cut off has left to resume, if anything."""
+    folder = Staging(destination, overwrite=False).folder
+    found = read_journal(folder)
+    if found is None or not found.shards:
+        return None
+    sizes = {(one.layer, one.expert): one.bytes for one in found.shards}
+    return Unfinished(folder, len(sizes), sum(sizes.values()))
 
 
 def start_writeback(fd: int) -> None:

@@ -15,12 +15,12 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, Literal, NamedTuple, Self, TypeAlias
+from typing import BinaryIO, Final, Literal, Self, TypeAlias
 
 import msgspec
 
 from .card import render_card
-from .errors import EvermindPackError, ExportError, ManifestError
+from .errors import ContentError, EvermindPackError, ExportError, ManifestError
 from .journal import JOURNAL_NAME, Journal, read_journal
 from .manifest import (
     CARD_NAME,
@@ -35,7 +35,7 @@ from .manifest import (
 from .paths import check_file_kind, check_path
 from .problems import raise_errors
 from .shard import Buffer, align, read_header
-from .staging import Staging, start_writeback
+from .staging import Staging, start_writeback, unfinished
 from .structure import POOL_ALIGNMENT, check_structure
 from .zip_writer import write_zip
 
@@ -58,8 +58,8 @@ class PackageWriter:
     call `finish` last. Raises `ExportError` where the package cannot be written, also for
     an existing destination unless `overwrite`.
 
-    With `resumable`, call `resume` before anything is added. What Ctrl-C, a kill or a full
-    disk cuts off then leaves its shards behind, in the hidden folder beside the destination.
+    With `resumable`, call `resume` before anything is added. Whatever cuts it off then leaves
+    its shards behind, in the hidden folder beside the destination; but for a `ContentError`.
     """
 
     def __init__(
@@ -206,16 +206,10 @@ class PackageWriter:
         return package_digest(data)
 
     def __enter__(self) -> Self:
-        self._staging.claim()
-        if not self._resumable:
-            if (found := unfinished(self._staging.destination)) is not None:
-                self._staging.leave()
-                raise ExportError(
-                    f"{found.folder}: an unfinished import with {found.shards:,} experts is there",
-                    hint="Finish it by the same `import` command, remove it, or choose another "
-                    "name.",
-                )
-            self._staging.clear()
+        if self._resumable:
+            self._staging.claim()
+        else:
+            self._staging.claim_empty()
         self._open = True
         return self
 
@@ -237,18 +231,20 @@ class PackageWriter:
                 self._staging.discard()
 
     def _left_to_resume(self, error: BaseException) -> bool:
-        """Whether shards stay: what failed is not their content, and they are on the disk."""
+        """Whether shards stay: they are on the disk, and nothing says that they are wrong."""
         if self._journal is not None:
-            if isinstance(error, EvermindPackError) and not self._staging.failed:
+            if isinstance(error, ContentError):
                 return False
             with suppress(OSError, ExportError):
                 self._note_shards(self._journal)
         left = unfinished(self._staging.destination)
-        if left is not None and isinstance(error, ExportError) and self._staging.failed:
-            error.hint = (
-                f"{left.shards:,} experts are kept in {left.folder.name}: free some space, and "
-                "the same command goes on from there."
-            )
+        if left is not None and isinstance(error, EvermindPackError):
+            kept = f"{left.shards:,} experts are kept in {left.folder.name}"
+            if self._staging.failed:
+                error.hint = f"{kept}: free some space, and the same command goes on from there."
+            elif self._journal is not None:
+                more = f"{kept}: the same command goes on from there."
+                error.hint = f"{error.hint} {more}" if error.hint else more
         return left is not None
 
     def _take_over(self, shards: Sequence[Shard], progress: Progress | None) -> None:
@@ -364,24 +360,6 @@ class PackageWriter:
                 write_zip(staging.folder, names, content)
         staging.publish(content)
         self._open = False
-
-
-class Unfinished(NamedTuple):
-    """What a resumable writer left: the folder, and how many shards of how many bytes."""
-
-    folder: Path
-    shards: int
-    bytes: int
-
-
-def unfinished(destination: Path) -> Unfinished | None:
-    """What a writer to `destination` that was cut off has left to resume, if anything."""
-    folder = Staging(destination, overwrite=False).folder
-    found = read_journal(folder)
-    if found is None or not found.shards:
-        return None
-    sizes = {(one.layer, one.expert): one.bytes for one in found.shards}
-    return Unfinished(folder, len(sizes), sum(sizes.values()))
 
 
 class _Output:

@@ -76,7 +76,7 @@ def parity_problems(package: Package) -> list[Problem]:
 def compare_parity(package: Package) -> Comparison:
     """Run every parity case through both programs; what could not be run is a problem too.
 
-    Raises `MissingExtraError` and `DeviceError`, which are the machine's fault.
+    Raises `MissingExtraError`, `DeviceError` and `MemoryError`, which are the machine's fault.
     """
     path = package.manifest.parity
     if path is None:
@@ -97,7 +97,7 @@ def compare_parity(package: Package) -> Comparison:
             largest = max(largest, error)
             if failure is not None:
                 found.append(problem("parity", path, f"{where}: {failure}"))
-    except (MissingExtraError, DeviceError):
+    except (MissingExtraError, DeviceError, MemoryError):
         raise  # this machine's fault, not the package's
     except (IntegrityError, ShardError) as error:
         code = "digest-mismatch" if isinstance(error, DigestError) else "unreadable"

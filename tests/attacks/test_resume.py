@@ -14,10 +14,17 @@ from typing import Any, Literal
 import pytest
 from evermind_manifests import PackageWriter
 from evermind_manifests import writer as writer_module
-from evermind_manifests.errors import ConfigError, ExportError
+from evermind_manifests.errors import (
+    ConfigError,
+    ContentError,
+    EvermindPackError,
+    ExportError,
+    LocationError,
+    TruncatedError,
+)
 from evermind_manifests.journal import JOURNAL_NAME, read_journal
+from evermind_manifests.staging import unfinished
 from evermind_manifests.validate import validate
-from evermind_manifests.writer import unfinished
 
 from tests.manifests.builders import (
     EXPERTS,
@@ -111,9 +118,23 @@ def test_a_third_writer_goes_on_from_the_second(tmp_path: Path, layout: Layout) 
 
 def test_an_error_in_the_content_leaves_nothing(tmp_path: Path) -> None:
     stop(tmp_path / "p", at=2)
-    with pytest.raises(ConfigError):
-        write(tmp_path / "p", shard=stopping(ConfigError("too large for f16")))
+    with pytest.raises(ContentError):
+        write(tmp_path / "p", shard=stopping(ContentError("too large for f16")))
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("layout", ["files", "pool"])
+@pytest.mark.parametrize("kind", [ExportError, ConfigError, TruncatedError, LocationError])
+def test_an_error_that_says_nothing_of_the_content_keeps_what_is_there(
+    tmp_path: Path, layout: Layout, kind: type[EvermindPackError]
+) -> None:
+    stop(tmp_path / "p", layout, at=2)
+    with pytest.raises(kind) as caught:
+        write(tmp_path / "p", layout, shard=stopping(kind("gone", hint="Look for it.")))
+    assert caught.value.hint == (
+        "Look for it. 4 experts are kept in .p.partial: the same command goes on from there."
+    )
+    assert write(tmp_path / "p", layout)[1] == PLACES[4:]
 
 
 @pytest.mark.parametrize("layout", ["files", "pool"])

@@ -179,6 +179,11 @@ def test_an_import_that_is_cut_off_goes_on(
         stream_shard(self, *args)
 
     with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+        code, _, err = call(capsys, *command)
+    assert (code, "the disk is too full" in err) == (1, True)
+    assert "5 experts are kept in .p.partial: the same command goes on from there" in err
+    with monkeypatch.context() as patched:
         patched.setattr(PackageWriter, "stream_shard", three)
         code, _, err = call(capsys, *command)
     assert code == 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,18 @@ def test_a_package_without_a_way_back_is_refused(tmp_path: Path, capsys: Any) ->
     (location / "manifest.json").write_text(json.dumps(raw))
     code, _, err = call(capsys, "convert", location, "-o", tmp_path / "out", "--to", "hf")
     assert (code, "the way back to it" in err) == (2, True)
+
+
+def test_an_import_that_was_cut_off_there_stays(tmp_path: Path) -> None:
+    location, out = package(tmp_path / "p"), tmp_path / "out"
+    with suppress(KeyboardInterrupt), PackageWriter(out, resumable=True) as writer:
+        writer.resume({})
+        writer.add_shard(0, 0, tiny_shard(0, 0))
+        raise KeyboardInterrupt
+    with pytest.raises(ExportError, match="an unfinished import with 1 experts is there"):
+        restore(location, out)
+    with PackageWriter(out, resumable=True) as writer:
+        assert writer.resume({}) == {(0, 0)}
 
 
 def test_mistakes_of_usage(tmp_path: Path, capsys: Any) -> None:

@@ -30,7 +30,8 @@ from evermind_manifests.manifest import (
 )
 from evermind_manifests.shard import shard_parts
 from evermind_manifests.source_map import SOURCE_NAME, encode_source
-from evermind_manifests.writer import PackageWriter, unfinished
+from evermind_manifests.staging import unfinished
+from evermind_manifests.writer import PackageWriter
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
 from ..parity import PARITY_NAME, encode_case

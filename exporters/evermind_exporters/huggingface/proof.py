@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from evermind_manifests.errors import ExportError
+from evermind_manifests.errors import ContentError, ExportError
 
 _PROGRAM = f"from {__name__} import main; main()"
 
@@ -20,7 +21,8 @@ _PROGRAM = f"from {__name__} import main; main()"
 def parity_error(folder: Path) -> float:
     """How far the package in `folder` is off, relative to the largest logit.
 
-    Raises `ExportError` if that is too far, or it cannot be run.
+    Raises `ContentError` if that is too far or its graphs cannot be run, `ExportError` if the
+    process that compares ended without a result or could not read: that says nothing of it.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
@@ -30,16 +32,35 @@ def parity_error(folder: Path) -> float:
         text=True,
         check=False,
     )
+    if result.returncode < 0:
+        name = _signal_name(-result.returncode)
+        why = ", probably by lack of memory" if name == "SIGKILL" else ""
+        raise ExportError(
+            f"the package cannot be compared with transformers: the process was killed ({name})"
+            f"{why}",
+            hint="Close other programs, or import on a machine with more memory." if why else None,
+        )
     if result.returncode:
         last = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
         raise ExportError(f"the package cannot be compared with transformers: {last}")
     found = json.loads(result.stdout.splitlines()[-1])
     if found["problem"] is not None:
-        raise ExportError(
+        if not found["wrong"]:
+            raise ExportError(
+                f"the package cannot be compared with transformers: {found['problem']}"
+            )
+        raise ContentError(
             "the package does not compute what transformers does, so this model cannot be "
             f"imported: {found['problem']}"
         )
     return float(found["error"])
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no names
+        return f"signal {number}"
 
 
 def main() -> None:
@@ -50,4 +71,6 @@ def main() -> None:
     with open_package(Path(sys.argv[1])) as package:
         found = compare_parity(package)
     problem = found.problems[0].message if found.problems else None
-    print(json.dumps({"problem": problem, "error": found.error}))
+    # Files that cannot be read back say something of the disk, not of what was written.
+    wrong = any(one.code == "parity" for one in found.problems)
+    print(json.dumps({"problem": problem, "wrong": wrong, "error": found.error}))

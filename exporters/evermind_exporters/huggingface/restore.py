@@ -95,9 +95,8 @@ def restore_checkpoint(
             hint="Import with --dtype keep for a way back bit by bit, or give --lossy.",
         )
     staging = Staging(destination, overwrite=False)
-    staging.claim()
+    staging.claim_empty()
     try:
-        staging.clear()
         done, files = 0, {}
         coarse = frozenset(rounded)
         total = source.bytes()

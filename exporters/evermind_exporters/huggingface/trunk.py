@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
-from evermind_manifests.errors import CheckpointError, ExportError, UnsupportedError
+from evermind_manifests.errors import CheckpointError, ContentError, UnsupportedError
 from evermind_manifests.manifest import DType
 
 from ..resident import Stored
@@ -113,7 +113,7 @@ class Trunk:
     def read(self, weight: str) -> Iterator[npt.NDArray[Any]]:
         """A weight's values as they are stored, in order, in flat arrays of at most `LARGE`.
 
-        Raises `ExportError` where a finite value would become infinite.
+        Raises `ContentError` where a finite value would become infinite.
         """
         one = self._weights[weight]
         for block in self._blocks(weight):
@@ -122,8 +122,8 @@ class Trunk:
                 continue
             try:
                 yield dtypes.encode(_decode(block, one.found), one.stored)
-            except ExportError as error:
-                raise ExportError(f"{weight}: {error.message}", hint=error.hint) from error
+            except ContentError as error:
+                raise ContentError(f"{weight}: {error.message}", hint=error.hint) from error
 
     def values(self, weight: str) -> npt.NDArray[np.float32]:
         """A weight in float32, computed from what is stored."""
