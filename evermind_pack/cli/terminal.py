@@ -65,7 +65,8 @@ def _bar(unit: Unit) -> Bar | None:
         *counts,
         rich.TimeRemainingColumn(),
     )
-    return rich.Progress(*columns, console=Console(stderr=True), transient=True)
+    # This stderr, and not what it is for a while when a library's reports are kept off it.
+    return rich.Progress(*columns, console=Console(file=sys.stderr), transient=True)
 
 
 def remark(text: str, *, quiet: bool = False) -> None:

@@ -146,6 +146,8 @@ def test_what_cannot_be_had_is_said_in_a_line(hub: Hub, tmp_path: Path) -> None:
         "org/whole@gone": ("LocationError", 2, "no branch, tag or commit 'gone'"),
         "org/closed": ("LocationError", 2, "gated"),
         "org/broken": ("NetworkError", 1, "answers with status 500"),
+        "org/bar--baz": ("LocationError", 2, "nor a name that a model on a hub can have"),
+        "org/bar..x": ("LocationError", 2, "nor a name"),
         "org/empty": ("CheckpointError", 1, "with a config.json, found none"),
         "org/climbing": ("CheckpointError", 1, "weight_map"),
     }

@@ -255,6 +255,8 @@ def write_config(text: str) -> Callable[[Path], None]:
         (change_config(model_type="not-known"), "UnsupportedError", "not-known"),
         (change_config(num_experts=9), "CheckpointError", "expected the tensors of 9 experts"),
         (change_config(intermediate_size=25), "CheckpointError", "shape: expected (25, 32)"),
+        (change_config(quantization_config="fp8"), "CheckpointError", 'an object, found "fp8"'),
+        (change_config(quantization_config=[]), "CheckpointError", "quantization_config: expected"),
         (write_config("{"), "CheckpointError", "config.json"),
         (write_config("[]"), "CheckpointError", "config.json"),
     ],

@@ -133,6 +133,18 @@ CARRIED: dict[str, dict[str, Any]] = {
     "granitemoe": _MIXTRAL,
     "granitemoeshared": {**_MIXTRAL, "shared_intermediate_size": 40},
     "phimoe": _MIXTRAL,
+    "phimoe, longrope": {
+        **_MIXTRAL,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 2.1, 2.2, 2.3],
+            "short_mscale": 1.1,
+            "long_mscale": 1.3,
+            "original_max_position_embeddings": 600,
+        },
+    },
     "minimax_m2": {**_MIXTRAL, "head_dim": 8, "rotary_dim": 8},
     "ernie4_5_moe": {
         "intermediate_size": 48,

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 _BACKEND = "onnx"
 
 
 @contextmanager
-def fixes() -> Iterator[None]:
-    """Meanwhile transformers' exporter applies these to the graphs that it exports."""
+def fixes(model: Any) -> Iterator[None]:
+    """Meanwhile transformers' exporter applies these to the graphs that it exports of `model`."""
     from transformers.exporters import utils
 
     registry: Any = utils
     registry.register_fx_node_fix(_BACKEND)(_unsqueeze_complex)
+    rotaries = [one for one in model.modules() if type(one).__name__ == "PhimoeRotaryEmbedding"]
     try:
+        for one in rotaries:
+            one.forward = partial(_phimoe_rotations, one)
         yield
     finally:
+        for one in rotaries:
+            vars(one).pop("forward", None)
         registry._FX_NODE_FIXES[_BACKEND].remove(_unsqueeze_complex)
+
+
+def _phimoe_rotations(module: Any, x: Any, position_ids: Any) -> tuple[Any, Any]:
+    """Cosines and sines `(1, T, width)`; longrope's magnitude is chosen within the graph.
+
+    transformers (5.23) branches on the last position, which a trace cannot.
+    """
+    import torch
+
+    rope = module.config.rope_parameters
+    frequencies, scale = module.rope_init_fn(module.config)
+    if rope["rope_type"] != "default":
+        beyond = position_ids.max() >= rope["original_max_position_embeddings"]
+        scale = torch.where(beyond, rope["long_mscale"], rope["short_mscale"])
+    half = position_ids[..., None].float() * frequencies
+    angles = torch.cat((half, half), dim=-1)
+    return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
 def _unsqueeze_complex(module: Any, node: Any) -> bool:

@@ -89,6 +89,11 @@ def _as_our_errors(model: str, revision: str | None) -> Iterator[None]:
         yield
     except EvermindPackError:
         raise
+    except errors.HFValidationError as error:
+        raise LocationError(
+            f"{model}: neither a folder here nor a name that a model on a hub can have",
+            hint="Check the name.",
+        ) from error
     except errors.GatedRepoError as error:
         raise LocationError(
             f"{model}: gated: {hub} gives it to those only who accepted its terms",

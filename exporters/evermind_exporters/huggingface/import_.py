@@ -58,7 +58,9 @@ ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
 
 # Relative to the logits' largest magnitude, both sides in float32.
 TOLERANCE = 5e-5
-_PARITY_TOKENS = 16
+# The tokens that both programs are compared over; up to the most where a window or a chunk of
+# attention ends within them.
+_PARITY_TOKENS, _MOST_PARITY_TOKENS, _BEYOND_WINDOW = 16, 200, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ def import_checkpoint(
         tell("tracing the model")
         with quiet():
             program = trace(model, modules, trunk.names)
-        limit = getattr(model.config, "max_position_embeddings", None)
+        text = model.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
         cut = cut_graph(program, trunk, limit)
         del program
         if not any(spec.is_buffer for spec in cut.states.values()):
@@ -145,7 +148,7 @@ def import_checkpoint(
         package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters)
         tell("computing what transformers gives")
         reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
-        tokens = np.random.default_rng(1).integers(0, package.vocabulary, _PARITY_TOKENS)
+        tokens = np.random.default_rng(1).integers(0, package.vocabulary, _parity_tokens(text))
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         source = source_map(checkpoint, trunk.places(cut.weights), package.layers, layers)
@@ -173,6 +176,19 @@ def _dtype(option: str, value: ImportDType) -> DType | None:
             f"{option}: expected one of {', '.join(get_args(ImportDType))}, found {value!r}"
         )
     return None if value == "keep" else value
+
+
+def _parity_tokens(config: Any) -> int:
+    """How many tokens the package is compared with transformers over.
+
+    A few more than the longest window or chunk of attention that is not too long for it, and no
+    more than the model takes.
+    """
+    widths = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    lengths = [width + _BEYOND_WINDOW for width in widths if isinstance(width, int)]
+    fit = [length for length in lengths if length <= _MOST_PARITY_TOKENS]
+    limit = getattr(config, "max_position_embeddings", None) or _MOST_PARITY_TOKENS
+    return min(max([_PARITY_TOKENS, *fit]), limit)
 
 
 def _resume(

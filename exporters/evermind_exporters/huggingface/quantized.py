@@ -9,6 +9,7 @@ with `dequantize=True` in float32; it is kept in bfloat16 where that holds all o
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from functools import cache
@@ -62,7 +63,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     and for scales that do not fit.
     """
     plain = Checkpoint(folder)
-    method = _method(plain.config)
+    method = _method(plain.config, folder / CONFIG_NAME)
     if method is None:
         return plain
     if method not in (*_FP8_METHODS, _MXFP4_METHOD):
@@ -73,12 +74,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return DequantizedCheckpoint(folder)
 
 
-def _method(config: dict[str, Any]) -> str | None:
+def _method(config: dict[str, Any], file: Path) -> str | None:
     """How a checkpoint with this configuration is quantized, if it is."""
     found = config.get(QUANTIZATION)
-    if not found:
-        return None
-    return str(found.get("quant_method") if isinstance(found, dict) else found)[:40]
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(
+            f"{file}: {QUANTIZATION}: expected an object, found {json.dumps(found)[:40]}"
+        )
+    return str(found.get("quant_method"))[:40] if found else None
 
 
 class DequantizedCheckpoint(Checkpoint):

@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch", "onnxscript", "onnx_ir")
@@ -14,7 +14,10 @@ _LOGGERS = ("torch.onnx", "torch.export", "torch", "onnxscript", "onnx_ir")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither warnings, progress bars nor lines on stdout, but errors as ever."""
+    """Neither warnings, progress bars nor lines on stdout and stderr; what is raised is as ever.
+
+    torch.export prints the graph that it could not finish before it raises.
+    """
     from transformers.utils import logging as transformers_logging
 
     reports: Any = transformers_logging
@@ -26,7 +29,8 @@ def quiet() -> Iterator[None]:
         reports.disable_progress_bar()
         for one in loggers:
             one.setLevel(logging.ERROR)
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        nowhere = io.StringIO()
+        with redirect_stdout(nowhere), redirect_stderr(nowhere), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

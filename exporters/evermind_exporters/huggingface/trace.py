@@ -73,7 +73,7 @@ def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> 
     }
     cache = DynamicCache(config=model.config)
     attention.keep_all(cache)
-    with opaque_experts(model, modules), fixes(), torch.no_grad(), ExitStack() as stack:
+    with opaque_experts(model, modules), fixes(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(_as_inputs(weights))
         try:
             plain = attention.survey(model, tokens)
