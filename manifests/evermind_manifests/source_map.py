@@ -37,6 +37,19 @@ class Span(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     def __len__(self) -> int:
         return len(range(self.begin, self.end, self.step))
 
+    def meets(self, other: Span) -> bool:
+        """Whether an index is in both."""
+        first, last = max(self.begin, other.begin), min(self.end, other.end)
+        common = math.gcd(self.step, other.step)
+        apart = other.begin - self.begin
+        if first >= last or apart % common:
+            return False
+        # self.begin + turns * self.step is in other's steps too (Chinese remainders).
+        turns = apart // common * pow(self.step // common, -1, other.step // common)
+        period = self.step // common * other.step
+        least = self.begin + turns * self.step
+        return first + (least - first) % period < last
+
     @property
     def slice(self) -> slice:
         """To index an array with."""
@@ -82,11 +95,16 @@ class SourceFile(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_u
 
 
 class SourceMap(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """The whole of source.json. `index` is the `metadata` of the checkpoint's index file."""
+    """The whole of source.json. `index` is the `metadata` of the checkpoint's index file.
+
+    `made` names files of the package that are not the checkpoint's of that name: what that one
+    was, if it was, lies in the folder `source/`.
+    """
 
     format: Literal["evermind.source/1"]
     files: dict[Name, SourceFile]
     tensors: dict[Name, SourceTensor]
+    made: tuple[Name, ...] = ()
     kept: PackagePath | None = None
     index: dict[str, Any] | None = None
 
@@ -189,6 +207,34 @@ def _part_problems(
         covered += math.prod(shape)
     if covered != math.prod(one.shape):
         yield f"{place}: expected all of {list(one.shape)} in shards, found {covered:,} values"
+    elif (both := _overlap(one)) is not None:
+        first, second = (f"layer {one.layer} expert {one.expert} {one.tensor}" for one in both)
+        yield f"{place}: expected each value in one part, found some in {first} and in {second}"
+
+
+def _overlap(one: SourceTensor) -> tuple[ShardPart, ShardPart] | None:
+    """Two parts with a value in common, if any; parts without, as many as all values, are all."""
+    dimensions = max(len(part.at) for part in one.shards)
+    boxes = [
+        (
+            (*part.at, *(Span(0, size) for size in one.shape[len(part.at) : dimensions])),
+            part,
+        )
+        for part in one.shards
+    ]
+    if not dimensions:
+        return (one.shards[0], one.shards[1]) if len(one.shards) > 1 else None
+    # Along the dimension with the most different spans few are open at a time.
+    along = max(range(dimensions), key=lambda axis: len({box[axis].begin for box, _ in boxes}))
+    boxes.sort(key=lambda entry: entry[0][along].begin)
+    unended: list[tuple[tuple[Span, ...], ShardPart]] = []
+    for box, part in boxes:
+        unended = [entry for entry in unended if entry[0][along].end > box[along].begin]
+        for other, found in unended:
+            if all(mine.meets(theirs) for mine, theirs in zip(box, other, strict=True)):
+                return found, part
+        unended.append((box, part))
+    return None
 
 
 def _part_shape(shape: Shape, at: tuple[Span, ...]) -> tuple[int, ...] | None:

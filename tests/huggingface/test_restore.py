@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import safetensors.numpy
+from evermind_exporters.huggingface.documents import made_files, read_documents
 from evermind_exporters.huggingface.restore import restore_checkpoint
 from evermind_manifests import PackageWriter, open_package
 from evermind_manifests.errors import (
@@ -141,9 +142,11 @@ def source_map(**more: SourceTensor) -> SourceMap:
     )
 
 
-def package(folder: Path, source: SourceMap | None = None) -> Path:
+def package(
+    folder: Path, source: SourceMap | None = None, files: Mapping[str, bytes] | None = None
+) -> Path:
     with PackageWriter(folder) as writer:
-        for path, data in tiny_graphs().items():
+        for path, data in {**tiny_graphs(), **(files or {})}.items():
             writer.add_file(path, data)
         writer.add_file("graphs/resident.safetensors", tiny_resident())
         writer.add_file("parity.json", b'{"cases": []}\n')
@@ -198,6 +201,30 @@ def test_every_form_comes_back_bit_by_bit(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == done.files.keys()
     with safetensors.safe_open(out / "model-00001-of-00002.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("original", [b'{"own":   1}', b'{"the package\'s": 1}', None])
+def test_the_tokenizer_that_comes_back_is_the_checkpoint_s(
+    tmp_path: Path, original: bytes | None
+) -> None:
+    """Rewritten for the package, as it is, or made of a vocabulary where there was no file."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    if original is not None:
+        (checkpoint / "tokenizer.json").write_bytes(original)
+    held = {"tokenizer.json": b'{"the package\'s": 1}'}
+    files = held | read_documents(checkpoint, held)
+    assert len(files) == (2 if original not in (None, *held.values()) else 1)
+    source = msgspec.structs.replace(source_map(), made=made_files(checkpoint, held))
+    restore(package(tmp_path / "p", source, files), tmp_path / "out")
+    found = tmp_path / "out" / "tokenizer.json"
+    assert (found.read_bytes() if found.exists() else None) == original
+
+
+def test_of_two_files_the_original_comes_back_whatever_the_map_says(tmp_path: Path) -> None:
+    files = {"tokenizer.json": b"{}", "source/tokenizer.json": b"{ }"}
+    restore(package(tmp_path / "p", files=files), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"{ }"
 
 
 COARSE = SourceTensor(dtype="f32", shape=(8, 4), shards=(part(0, 1, "w1"),))

@@ -25,6 +25,8 @@ from evermind_manifests.source_map import (
     parse_source,
     source_problems,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.manifests.builders import write_tiny
 
@@ -90,6 +92,15 @@ def test_spans_are_slices() -> None:
     assert len(span) == 3
 
 
+spans = st.builds(Span, st.integers(0, 20), st.integers(1, 24), st.integers(1, 7))
+
+
+@given(spans, spans)
+def test_spans_meet_where_an_index_is_in_both(one: Span, other: Span) -> None:
+    indices = (set(range(span.begin, span.end, span.step)) for span in (one, other))
+    assert one.meets(other) == bool(set.intersection(*indices))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -102,6 +113,14 @@ def test_spans_are_slices() -> None:
         (lambda raw: raw["tensors"]["head"].update(kept=True), "one place, found 2"),
         (lambda raw: raw["tensors"]["unused"].update(dtype="f32"), "expected f32"),
         (lambda raw: raw["tensors"]["stacked"]["shards"].pop(), "expected all of"),
+        (
+            lambda raw: raw["tensors"]["stacked"]["shards"][1].update(at=[[0, 1]]),
+            "each value in one part, found some in layer 0 expert 0 .* and in layer 0 expert 1",
+        ),
+        (
+            lambda raw: raw["tensors"]["woven"]["shards"][1]["at"][1].__setitem__(0, 0),
+            "each value in one part",
+        ),
         (lambda raw: raw["tensors"]["stacked"]["shards"][0].update(expert=99), "has no tensor"),
         (lambda raw: raw["tensors"]["stacked"]["shards"][0].update(layer=99), "has no tensor"),
         (lambda raw: raw["tensors"]["stacked"]["shards"][0].pop("at"), "expected a slice"),

@@ -58,6 +58,16 @@ def read_documents(folder: Path, held: Mapping[str, bytes]) -> dict[str, bytes]:
     return found
 
 
+def made_files(folder: Path, held: Mapping[str, bytes]) -> tuple[str, ...]:
+    """The names under which the package's files `held` have something else than the checkpoint."""
+    return tuple(
+        name
+        for name in SHARED
+        if name in held
+        and not ((folder / name).is_file() and (folder / name).read_bytes() == held[name])
+    )
+
+
 def left_out(folder: Path) -> list[str]:
     """The names of files beside the weights that the package does not hold."""
     return [name for name in VOCABULARIES if (folder / name).is_file()]

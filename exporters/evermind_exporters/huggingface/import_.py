@@ -37,7 +37,7 @@ from ..export import Progress, ShardPart, add_kinds, write_shards
 from ..parity import PARITY_NAME, encode_case
 from .checkpoint import Checkpoint
 from .cut import Cut, cut_graph
-from .documents import left_out, read_documents
+from .documents import left_out, made_files, read_documents
 from .expert_kinds import ExpertKinds
 from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
@@ -151,7 +151,9 @@ def import_checkpoint(
         tokens = np.random.default_rng(1).integers(0, package.vocabulary, _parity_tokens(text))
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
-        source = source_map(checkpoint, trunk.places(cut.weights), package.layers, layers)
+        made = made_files(folder, package.text.files)
+        places = trunk.places(cut.weights)
+        source = source_map(checkpoint, places, package.layers, layers, made)
         package.notes += kept_notes(source)
         added = {**package.files, PARITY_NAME: case, SOURCE_NAME: encode_source(source)}
         for path, data in added.items():

@@ -33,8 +33,10 @@ def source_map(
     places: Mapping[str, tuple[str, ...]],
     layers: Sequence[Layer],
     experts: Sequence[Sequence[ExpertRows]],
+    made: tuple[str, ...],
 ) -> SourceMap:
-    """The map; `places` are the resident tensors that have a checkpoint's (`Trunk.places`).
+    """The map; `places` are the resident tensors that have a checkpoint's (`Trunk.places`),
+    `made` what files are not the checkpoint's (`made_files`).
 
     What is in no shard and not resident is kept, but for quantized weights: their numbers are in
     the package, their codes and scales are not.
@@ -73,6 +75,7 @@ def source_map(
         format=SOURCE_FORMAT,
         files=files,
         tensors=tensors,
+        made=made,
         kept=KEPT_NAME if kept else None,
         index=checkpoint.index_metadata(),
     )

@@ -364,10 +364,18 @@ def _documents(package: Package, source: SourceMap) -> dict[str, bytes]:
     """Every file but weights: as the checkpoint had it where the package keeps it so."""
     config = json.dumps(package.manifest.config, indent=2, ensure_ascii=False) + "\n"
     found = {CONFIG_NAME: config.encode()}
-    for path in package.manifest.files:
-        name = path.removeprefix(DOCUMENTS_FOLDER)
-        if path in SHARED or path != name:
-            found[name] = package.read_file(path)
+    files = package.manifest.files
+    found |= {
+        name: package.read_file(name)
+        for name in SHARED
+        if name in files and name not in source.made
+    }
+    # The checkpoint's own, where the package has changed one for its use.
+    found |= {
+        path.removeprefix(DOCUMENTS_FOLDER): package.read_file(path)
+        for path in files
+        if path.startswith(DOCUMENTS_FOLDER)
+    }
     if source.index is not None or len(source.files) > 1:
         places = {name: file for file, one in source.files.items() for name in one.tensors}
         index = {"metadata": source.index or {}, "weight_map": places}
