@@ -112,7 +112,10 @@ CODES: Final[dict[str, Code]] = {
         "structure", "a state would need more than 64 GiB", "Export with a shorter context."
     ),
     "state-shape": Code(
-        "structure", "a state grows along another dimension than its first", _WRITER
+        "structure",
+        "a state that is no buffer grows along another dimension than its first, or a buffer has "
+        "not exactly one named dimension",
+        _WRITER,
     ),
     "state-buffer": Code(
         "structure", "a buffer is used otherwise than by the graph that fills it", _WRITER

@@ -77,10 +77,10 @@ def restore_checkpoint(
     """Write the folder that `package` was imported from: weights, config, tokenizer.
 
     Every tensor is the checkpoint's, bit by bit. A package that does not hold them so (experts
-    rounded by the import's `dtype`) is refused, unless `lossy`; one of a quantised checkpoint is
-    always. `progress(done, total)` counts bytes. Raises `ConfigError` for a package that has no
-    way back, `ExportError` where the folder exists or cannot be written, `IntegrityError` for a
-    damaged package; then nothing is left behind.
+    or trunk rounded by the import's `dtype` or `trunk`) is refused, unless `lossy`; one of a
+    quantised checkpoint is always. `progress(done, total)` counts bytes. Raises `ConfigError` for
+    a package that has no way back, `ExportError` where the folder exists or cannot be written,
+    `IntegrityError` for a damaged package; then nothing is left behind.
     """
     if os.path.lexists(destination):
         raise ExportError(
