@@ -82,4 +82,11 @@ def test_a_case_crosses_windows_and_chunks_that_are_short(
 ) -> None:
     from types import SimpleNamespace
 
-    assert _parity_tokens(SimpleNamespace(**fields)) == tokens
+    assert _parity_tokens(SimpleNamespace(**fields), 1_000) == tokens
+
+
+def test_a_case_of_many_words_stays_short() -> None:
+    from types import SimpleNamespace
+
+    assert _parity_tokens(SimpleNamespace(sliding_window=128), 61_000) == 136
+    assert _parity_tokens(SimpleNamespace(sliding_window=128), 200_000) == 16

@@ -61,6 +61,8 @@ TOLERANCE = 5e-5
 # The tokens that both programs are compared over; up to the most where a window or a chunk of
 # attention ends within them.
 _PARITY_TOKENS, _MOST_PARITY_TOKENS, _BEYOND_WINDOW = 16, 200, 8
+# 5.3 bytes each in the package.
+_MOST_LOGITS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,8 @@ def import_checkpoint(
         package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters)
         tell("computing what transformers gives")
         reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
-        tokens = np.random.default_rng(1).integers(0, package.vocabulary, _parity_tokens(text))
+        count = _parity_tokens(text, package.vocabulary)
+        tokens = np.random.default_rng(1).integers(0, package.vocabulary, count)
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         made = made_files(folder, package.text.files)
@@ -180,15 +183,16 @@ def _dtype(option: str, value: ImportDType) -> DType | None:
     return None if value == "keep" else value
 
 
-def _parity_tokens(config: Any) -> int:
+def _parity_tokens(config: Any, vocabulary: int) -> int:
     """How many tokens the package is compared with transformers over.
 
-    A few more than the longest window or chunk of attention that is not too long for it, and no
-    more than the model takes.
+    A few more than the longest window or chunk of attention that is not too long for it, if that
+    makes no parity file of more than 45 MB, and no more than the model takes.
     """
     widths = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     lengths = [width + _BEYOND_WINDOW for width in widths if isinstance(width, int)]
-    fit = [length for length in lengths if length <= _MOST_PARITY_TOKENS]
+    most = min(_MOST_PARITY_TOKENS, _MOST_LOGITS // vocabulary)
+    fit = [length for length in lengths if length <= most]
     limit = getattr(config, "max_position_embeddings", None) or _MOST_PARITY_TOKENS
     return min(max([_PARITY_TOKENS, *fit]), limit)
 
