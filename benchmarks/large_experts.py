@@ -14,7 +14,13 @@ import evermind_runtime as em
 import numpy as np
 from evermind_manifests.package import open_package
 from evermind_runtime.devices import CpuSlot, Slot
-from evermind_runtime.machine import drop_pages, file_extents, measure_machine, shard_extents
+from evermind_runtime.machine import (
+    Machine,
+    drop_pages,
+    file_extents,
+    measure_machine,
+    shard_extents,
+)
 from evermind_runtime.shard_reader import IoMode
 from evermind_runtime.trace import read_trace
 
@@ -46,9 +52,7 @@ def measure(quick: bool) -> Report:
         path = package(source, Path(folder) / "package")
         with open_package(path) as opened:
             size = opened.manifest.shards[0].bytes
-            machine = measure_machine(
-                shard_extents(opened), folder, block=size, working_set=256 * MIB
-            )
+        machines = [_machine(path, folder, size)]
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for _ in range(rounds):
             for routing in ROUTINGS:
@@ -58,11 +62,15 @@ def measure(quick: bool) -> Report:
                     )
                     assert found["routes"] == routes[list(_span(routing, tokens))].tolist()
                     runs.setdefault((routing, side), []).append(found)
+            machines.append(_machine(path, folder, size))
+    # A virtual disk is not the same all the time: the bound is what it could do at best.
+    machine = max(machines, key=lambda one: one.disk_rate)
+    disk_rate, memory_rate = machine.disk_rate, max(one.memory_rate for one in machines)
     active = routes.shape[1] * routes.shape[2] * size
 
     def bound(found: dict[str, Any]) -> float:
-        disk = found["bytes read"] / machine.disk_rate
-        return max(disk, tokens * active / machine.memory_rate)
+        disk = found["bytes read"] / disk_rate
+        return max(disk, tokens * active / memory_rate)
 
     shares, speeds = {}, {}
     rows: list[list[Cell]] = []
@@ -84,8 +92,8 @@ def measure(quick: bool) -> Report:
         f"{tokens} tokens, {experts * routes.shape[1]} f16 experts of {size / MIB:.1f} MiB, "
         f"{routes.shape[2]} of {experts} in each of {routes.shape[1]} layers, limit "
         f"{found['budget'] / MIB:.0f} MiB held by the {found['enforced by']}, disk cold; "
-        f"disk {machine.disk_rate / 1e6:,.0f} MB/s ({machine.disk_how}), "
-        f"memory {machine.memory_rate / 1e9:.1f} GB/s"
+        f"disk {disk_rate / 1e6:,.0f} MB/s ({machine.disk_how}), "
+        f"memory {memory_rate / 1e9:.1f} GB/s"
     )
     columns = [
         "",
@@ -113,6 +121,11 @@ def measure(quick: bool) -> Report:
             ),
         ],
     )
+
+
+def _machine(path: Path, folder: str, size: int) -> Machine:
+    with open_package(path) as opened:
+        return measure_machine(shard_extents(opened), folder, block=size, working_set=256 * MIB)
 
 
 def decode(path: str, side: str, routing: str, tokens: int, io: IoMode) -> dict[str, Any]:
