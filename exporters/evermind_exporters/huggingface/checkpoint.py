@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from evermind_manifests.dtypes import ITEMSIZE, STORAGE
 from evermind_manifests.errors import CheckpointError, IntegrityError
-from evermind_manifests.location import read_head
 from evermind_manifests.manifest import DType
 from evermind_manifests.safetensors_header import (
     PREFIX_BYTES,
@@ -25,9 +24,9 @@ from evermind_manifests.safetensors_header import (
     header_bytes,
     read_header,
 )
-from evermind_manifests.unique_keys import unique_keys
 
 from ..checkpoints.disk_file import DiskFile
+from .json_file import read_object
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -211,16 +210,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `CheckpointError` for what is none, or over 256 MiB."""
-    data = read_head(path, _MAX_JSON_BYTES + 1)
-    if data is None or len(data) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: expected a file of at most {_MAX_JSON_BYTES:,} bytes")
-    try:
-        value = json.loads(data, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(path, _MAX_JSON_BYTES, CheckpointError)
 
 
 def _metadata(header: memoryview) -> dict[str, str]:

@@ -5,7 +5,6 @@ No weight is read or downloaded, and nothing of transformers is imported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any, Literal, TypeAlias
 
 from evermind_manifests.dtypes import ITEMSIZE
 from evermind_manifests.errors import ConfigError
-from evermind_manifests.location import read_head
-from evermind_manifests.unique_keys import unique_keys
 from evermind_runtime.layers import ExpertLayer
 from evermind_runtime.sizes import ModelSizes
 
 from .architecture import Counts, count_parameters
 from .fields import Fields
+from .json_file import read_object
 
 ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
 
@@ -56,16 +54,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises `LocationError` where there is none, `ConfigError` for what is no JSON object, has
     a key twice or is over 4 MiB.
     """
-    data = read_head(path, _MOST_BYTES + 1)
-    if data is None or len(data) > _MOST_BYTES:
-        raise ConfigError(f"{path}: expected a JSON file of at most {_MOST_BYTES:,} bytes")
-    try:
-        config = json.loads(data, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found a {type(config).__name__}")
-    return config
+    return read_object(path, _MOST_BYTES, ConfigError)
 
 
 def config_sizes(
