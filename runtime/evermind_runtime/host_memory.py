@@ -2,7 +2,7 @@
 
 A token reads a few hundred kilobytes here and there: with pages of 4 KiB each expert costs a
 hundred walks of the page table, and the processor's prefetching ends at every page. Pages of
-2 MiB made decoding of small experts 1.04 to 1.12 times as fast (medians of 15 rounds in turn).
+2 MiB made decoding of small experts up to 1.12 times as fast (BENCHMARKS.md).
 """
 
 from __future__ import annotations

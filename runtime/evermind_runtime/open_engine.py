@@ -20,8 +20,8 @@ from .self_test import pooled_fault
 from .sessions import Sessions
 
 # From this size on experts decode one by one on a CPU. On a cold disk that made 4 MiB experts up
-# to 1.4 times as fast; the calls cost 6 % where all are in memory, and half as much with every
-# doubling. It depends on the package alone: under every budget the same steps run.
+# to 1.5 times as fast; the calls cost 6 % where all are in memory (BENCHMARKS.md). It depends on
+# the package alone: under every budget the same steps run.
 ONE_BY_ONE_BYTES = 4 << 20
 
 
