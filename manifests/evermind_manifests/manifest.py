@@ -126,12 +126,17 @@ class StateSpec(Struct, frozen=True, kw_only=True):
     (`"C"`), it grows: it starts with no rows, and the T rows a step writes are appended to
     it, up to `limit` rows in all. With `finite`, a call that would leave an infinity or NaN
     in it fails, and the state stays as it was; the text says what usually is the cause.
+    A state `(1,)` i64 with `limit` counts tokens: each program adds T to it, and a call that
+    would take it beyond `limit` fails before it begins.
 
     With `length` it is a buffer, of which one dimension, a name, is how many rows it has room
     for. `length` is a value `(1,)` i64 that a runtime puts on the blackboard: how many rows
     are filled, from the first on. A program's one graph step that writes the buffer reads it
     too, and gives it back in the same shape, the filled rows as they were and T new ones behind
     them; what comes after those means nothing. A runtime may give that step one memory for both.
+
+    With `window` a new row needs only the last so many rows, itself included. A runtime may
+    forget earlier ones, and move those that it keeps to the front.
     """
 
     dtype: DType
@@ -140,6 +145,12 @@ class StateSpec(Struct, frozen=True, kw_only=True):
     finite: Text | UnsetType = UNSET
     limit: PositiveCount | UnsetType = UNSET
     length: Name | UnsetType = UNSET
+    window: PositiveCount | UnsetType = UNSET
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether it counts tokens."""
+        return not self.grows and bool(self.limit)  # unset counts as none
 
     @property
     def is_buffer(self) -> bool:

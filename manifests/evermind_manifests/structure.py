@@ -258,7 +258,8 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
         yield problem("plan-redefined", f"plan.state[{name!r}]", "is an input too")
     for name, state in plan.state.items():
         place = f"plan.state[{name!r}]"
-        size = tensor_bytes(state.dtype, state.fixed) * (state.limit or 1)  # unset counts as none
+        rows = state.window or (state.grows and state.limit) or 1  # unset counts as none
+        size = tensor_bytes(state.dtype, state.fixed) * rows
         if size > MAX_STATE_BYTES:
             yield problem("state-too-large", place, f"{size:,} bytes")
         named = len(state.shape) - len(state.fixed)
@@ -269,8 +270,12 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
             yield from _check_buffer(plan, name, state)
         elif named > state.grows:
             yield problem("state-shape", place, "only the first dimension grows")
-        if state.limit and not state.grows:
-            yield problem("state-shape", place, "limit: this state does not grow")
+        if state.is_counter and (state.dtype, state.shape) != ("i64", (1,)):
+            yield problem("state-shape", place, "limit: this state neither grows nor counts")
+        if state.window and not state.is_buffer:
+            yield problem("state-shape", place, "window: this state is no buffer")
+        if state.window and state.limit:
+            yield problem("state-shape", place, "limit: a buffer with a window has none")
     for program, steps in programs(plan):
         yield from _check_program(manifest, program, steps)
     taken = {*plan.inputs, *plan.state}
@@ -287,6 +292,10 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
 def _check_buffer(plan: Plan, name: str, state: StateSpec) -> Iterator[Problem]:
     """Each program reads and writes a buffer in one graph step, and nothing else has it."""
     place = f"plan.state[{name!r}]"
+    if any(
+        one.length == state.length and one.window != state.window for one in plan.state.values()
+    ):
+        yield problem("state-buffer", place, f"{state.length!r}: buffers of other windows have it")
     if state.length in {*plan.inputs, *plan.state}:
         yield problem("plan-redefined", place, f"length: {state.length!r} is an input or a state")
     if state.finite:

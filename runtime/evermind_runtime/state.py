@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Plan, StateSpec
 
-from .devices import host_value, numpy_dtype
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
-
-Array = npt.NDArray[Any]
-
-# Rows a growing value or a buffer has room for at first; the room doubles when it is full.
-FIRST_ROWS = 64
+from .devices import numpy_dtype
+from .rows import Array as Array
+from .rows import Rows, shape_of
 
 
 class Mark(NamedTuple):
-    """Where a state was: `State.rewind` goes back there. Cheap, as nothing that grew is copied."""
+    """Where a state was: `State.rewind` goes back there.
+
+    Cheap, as nothing that grew is copied. While it is kept, what a window forgets is kept with it:
+    up to as much memory again as buffers with windows take.
+    """
 
     fixed: dict[str, Array]
-    counts: dict[str, int]
+    rows: dict[str, tuple[Array | None, int]]
 
 
 class State:
@@ -35,7 +32,8 @@ class State:
     others, then `flip` makes those current. Their addresses never change, so bindings to
     them last. A growing value has one array, which `append` writes behind what is there;
     it moves when it is full. A buffer has one array too, read and written by a graph in place,
-    behind the filled rows; what a failed step wrote there counts for nothing. `reserve` moves it.
+    behind the filled rows; what a failed step wrote there counts for nothing. `reserve` moves it,
+    and forgets what has left a window.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -43,12 +41,7 @@ class State:
         self._specs = plan.state
         self.sides: tuple[dict[str, Array], dict[str, Array]] = (self._filled(), self._filled())
         self.side = 0
-        self.grown = {
-            name: _Rows(spec)
-            for name, spec in plan.state.items()
-            if spec.grows and not spec.is_buffer
-        }
-        self.buffers = {name: _Rows(spec) for name, spec in plan.state.items() if spec.is_buffer}
+        self.grown, self.buffers = _rows(plan.state)
         #: How many rows of buffers are filled, as the blackboard has it.
         self.lengths: dict[str, Array] = {name: np.zeros(1, np.int64) for name in plan.lengths}
         # The decode executor keeps its bindings to these arrays here.
@@ -75,22 +68,23 @@ class State:
         """Take over saved arrays. Raises `InputError` unless names, dtypes and shapes fit."""
         self._check(arrays, self._specs)
         self._check_lengths(arrays)
+        self._check_windows(arrays)
         for rows in (*self.grown.values(), *self.buffers.values()):
-            rows.count = 0
+            rows.clear()
         self._take(arrays)
 
     def mark(self) -> Mark:
         """Where the state is now."""
         rows = {**self.grown, **self.buffers}
         fixed = {name: array.copy() for name, array in self.sides[self.side].items()}
-        return Mark(fixed, {name: one.count for name, one in rows.items()})
+        return Mark(fixed, {name: one.mark() for name, one in rows.items()})
 
     def rewind(self, mark: Mark) -> None:
         """Go back to a mark of this state, made before what has been appended since."""
         for name, array in mark.fixed.items():
             self.sides[self.side][name][...] = array
         for name, rows in {**self.grown, **self.buffers}.items():
-            rows.count = mark.counts[name]
+            rows.rewind(mark.rows[name])
         self._tell()
 
     def advance(self, arrays: Mapping[str, Array], tokens: int) -> None:
@@ -114,21 +108,25 @@ class State:
         """Have room for that many more rows in every buffer."""
         for buffer in self.buffers.values():
             buffer.reserve(rows)
+        self._tell()
 
     def fill(self, rows: int) -> None:
         """That many more rows of every buffer are filled."""
         for buffer in self.buffers.values():
-            buffer.count += rows
+            buffer.fill(rows)
         self._tell()
 
     def check_room(self, rows: int) -> None:
-        """Raise `InputError` if a growing value or a buffer cannot take that many more rows."""
-        for name, grown in {**self.grown, **self.buffers}.items():
-            limit = self._specs[name].limit
-            if limit and grown.count + rows > limit:
+        """Raise `InputError` if so many more tokens are more than the state can take."""
+        grown = {**self.grown, **self.buffers}
+        for name, spec in self._specs.items():
+            if not spec.limit:
+                continue
+            held = grown[name].count if spec.grows else int(self.sides[self.side][name][0])
+            if held + rows > spec.limit:
                 raise InputError(
-                    f"state {name!r}: expected at most {limit:,} tokens in all, found "
-                    f"{grown.count:,} and {rows:,} more",
+                    f"state {name!r}: expected at most {spec.limit:,} tokens in all, found "
+                    f"{held:,} and {rows:,} more",
                     hint="Start a new state, with fewer of the earlier tokens.",
                 )
 
@@ -151,8 +149,7 @@ class State:
         twin._specs = self._specs
         twin.sides = (twin._filled(), twin._filled())
         twin.side = 0
-        twin.grown = {name: _Rows(self._specs[name]) for name in self.grown}
-        twin.buffers = {name: _Rows(self._specs[name]) for name in self.buffers}
+        twin.grown, twin.buffers = _rows(self._specs)
         twin.lengths = {name: np.zeros(1, np.int64) for name in self.lengths}
         twin.bindings = None
         twin._take(self.current)
@@ -167,7 +164,7 @@ class State:
             fits = np.can_cast(array.dtype, expected, casting="same_kind")
             fits = fits and array.ndim == len(spec.shape)
             rows = array.shape[spec.axis] if fits and spec.grows else 0
-            if not fits or array.shape != _shape(spec, rows):
+            if not fits or array.shape != shape_of(spec, rows):
                 raise InputError(
                     f"state {name!r}: expected {expected} {_dims(spec)}, "
                     f"found {array.dtype} {array.shape}"
@@ -175,6 +172,10 @@ class State:
             if spec.limit and rows > spec.limit:
                 raise InputError(
                     f"state {name!r}: expected at most {spec.limit:,} rows, found {rows:,}"
+                )
+            if spec.is_counter and not 0 <= int(array[0]) <= int(spec.limit or 0):
+                raise InputError(
+                    f"state {name!r}: expected 0 to {spec.limit:,} tokens, found {int(array[0]):,}"
                 )
 
     def _check_lengths(self, arrays: Mapping[str, Array]) -> None:
@@ -188,6 +189,23 @@ class State:
                     f"state {name!r}: expected {counts[0]:,} rows as {other!r} has, "
                     f"found {counts[1]:,}"
                 )
+
+    def _check_windows(self, arrays: Mapping[str, Array]) -> None:
+        """Nothing that a window still needs is missing."""
+        tokens = None
+        for name, spec in self._specs.items():
+            if spec.grows and not spec.window:
+                tokens = arrays[name].shape[spec.axis]
+            elif spec.is_counter:
+                tokens = int(arrays[name][0])
+        for name, spec in self._specs.items():
+            if spec.window and tokens is not None:
+                rows, least = arrays[name].shape[spec.axis], min(tokens, spec.window - 1)
+                if not least <= rows <= tokens:
+                    raise InputError(
+                        f"state {name!r}: expected {least:,} to {tokens:,} rows of {tokens:,} "
+                        f"tokens, found {rows:,}"
+                    )
 
     def _take_written(self, arrays: Mapping[str, Array]) -> None:
         for name, array in self.sides[self.side].items():
@@ -212,55 +230,10 @@ class State:
         }
 
 
-class _Rows:
-    """The rows of one value that grows, in an array with room for more along one axis."""
-
-    def __init__(self, spec: StateSpec) -> None:
-        self.count = 0
-        self._axis = spec.axis
-        self._limit = spec.limit or None
-        first = min(FIRST_ROWS, self._limit or FIRST_ROWS)
-        self._array = np.empty(_shape(spec, first), dtype=numpy_dtype(spec.dtype))
-        self._value: ort.OrtValue | None = None
-
-    @property
-    def value(self) -> ort.OrtValue:
-        """The whole array, filled or not, to be read and written in place."""
-        if self._value is None:
-            self._value = host_value(self._array, "f32")
-        return self._value
-
-    def view(self) -> Array:
-        """The rows so far."""
-        return self._array[self._span(0, self.count)]
-
-    def append(self, rows: Array) -> None:
-        """Add `rows`, as many as their shape says."""
-        begin, more = self.count, rows.shape[self._axis]
-        self.reserve(more)
-        self._array[self._span(begin, begin + more)] = rows
-        self.count += more
-
-    def reserve(self, rows: int) -> None:
-        """Have room for that many more; `value` is another one if the array had to move."""
-        shape = list(self._array.shape)
-        room = shape[self._axis]
-        if self.count + rows <= room:
-            return
-        room = 2 * room if self._limit is None else min(2 * room, self._limit)
-        shape[self._axis] = max(self.count + rows, room)
-        larger = np.empty(shape, self._array.dtype)
-        larger[self._span(0, self.count)] = self.view()
-        # In this order: what Ctrl-C leaves is a value of the array that is used.
-        self._value = None
-        self._array = larger
-
-    def _span(self, begin: int, end: int) -> tuple[slice, ...]:
-        return (*(slice(None),) * self._axis, slice(begin, end))
-
-
-def _shape(spec: StateSpec, rows: int) -> tuple[int, ...]:
-    return tuple(rows if isinstance(dim, str) else dim for dim in spec.shape)
+def _rows(specs: Mapping[str, StateSpec]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """Those that the runtime appends to, and the buffers; all empty."""
+    grown = {n: Rows(spec) for n, spec in specs.items() if spec.grows and not spec.is_buffer}
+    return grown, {name: Rows(spec) for name, spec in specs.items() if spec.is_buffer}
 
 
 def _dims(spec: StateSpec) -> str:

@@ -28,7 +28,7 @@ from evermind_manifests.structure import check_structure
 from evermind_manifests.validate import validate
 from evermind_manifests.writer import PackageWriter
 from evermind_runtime import State
-from evermind_runtime.state import FIRST_ROWS
+from evermind_runtime.rows import FIRST_ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -238,7 +238,7 @@ def test_paged_and_unpaged_give_the_same_bits(tmp_path: Path) -> None:
     [
         (lambda raw: raw["plan"]["state"]["h"].update(shape=[D, "C"]), "only the first dimension"),
         (lambda raw: raw["plan"]["state"]["h"].update(shape=["B", "C"]), "only the first"),
-        (lambda raw: raw["plan"]["state"]["h"].update(shape=[D]), "this state does not grow"),
+        (lambda raw: raw["plan"]["state"]["h"].update(shape=[D]), "neither grows nor counts"),
         (lambda raw: raw["plan"]["state"]["h"].update(limit=2**31 - 1, shape=["C", 999]), "bytes"),
         (lambda raw: raw["kinds"]["sum"].pop("scope"), "inputs: the experts do not see all"),
         (

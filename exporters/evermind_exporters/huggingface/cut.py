@@ -21,7 +21,7 @@ from ..resident import Stored
 from .guesses import guess_ids, guess_nodes, guess_x
 from .nodes import domains, join_reshapes, rename, strip, taken
 from .opaque import DOMAIN, OPERATOR
-from .states import LOGITS, PAST, POSITION_DIMS, TOKENS, plan_states, state_out, with_plan_values
+from .states import LOGITS, TOKENS, plan_states, state_out, with_plan_values
 from .trunk import Trunk
 from .weights import weigh
 
@@ -37,6 +37,7 @@ _ORT_TYPES = {
     "tensor(bool)": 9,
     "tensor(double)": 11,
 }
+_STATE_TYPES = {"f32": 1, "i64": 7}
 
 
 class ExpertsNode(NamedTuple):
@@ -127,7 +128,7 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     opsets.pop(DOMAIN, None)
     opsets.setdefault("com.microsoft", 1)
     given = constants.keys() | weights.values()
-    known = _known_dims(graph, inputs["input_ids"][1]) | POSITION_DIMS
+    known = _known_dims(graph, inputs["input_ids"][1]) | states.positions
     steady = {name for name, dims in known.items() if dims and None not in dims}
     segments, experts = _split(shaped, [LOGITS, *map(state_out, states.specs)], given, steady)
     stored = trunk.weights
@@ -144,9 +145,10 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
         ir_version=int(program.ir_version),
     )
     cut.values[TOKENS] = Value(7, ("T",))
-    cut.values[PAST] = Value(7, (1,))
+    for name in states.buffer_lengths:
+        cut.values[name] = Value(7, (1,))
     for name, spec in states.specs.items():
-        cut.values[name] = Value(1, spec.shape)
+        cut.values[name] = Value(_STATE_TYPES[spec.dtype], spec.shape)
     for number, segment in enumerate(segments):
         cut.values |= _output_types(cut, segment, known)
         if number < len(experts):
@@ -188,9 +190,8 @@ def _split(
     demanded: list[dict[str, None]] = [{} for _ in range(count)]
 
     def demand(name: str) -> None:
-        # What is the same for all tokens' content is computed where it is asked for, at the end.
-        stage = stages[name]
-        demanded[count - 1 if stage is None else stage][name] = None
+        # What no token's content changes is there from the beginning.
+        demanded[stages[name] or 0][name] = None
 
     for name in wanted:
         demand(name)
@@ -310,7 +311,8 @@ def _output_types(
     for name, spec in cut.states.items():
         if state_out(name) in found:
             appended = spec.grows and not spec.is_buffer
-            found[state_out(name)] = Value(1, ("T", *spec.fixed) if appended else spec.shape)
+            rows = Value(_STATE_TYPES[spec.dtype], ("T", *spec.fixed))
+            found[state_out(name)] = rows if appended else cut.values[name]
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -21,15 +21,10 @@ if TYPE_CHECKING:
     import onnx
 
 TOKENS, LOGITS = "tokens", "logits"
-#: How many tokens came before, `(1,)`: the length of every buffer.
+#: How many tokens came before, `(1,)`: the length of every buffer that keeps them all.
 PAST = "past"
-
-#: What is made of the plan's inputs alone, and its shape.
-POSITION_DIMS: Final[dict[str, tuple[int | str, ...]]] = {
-    "position_ids": (1, "T"),
-    "plan_last": (1,),
-    "plan_total": (1,),
-}
+#: The same as a state of its own, where every buffer has a window.
+POSITION = "position"
 
 
 def state_out(name: str) -> str:
@@ -47,6 +42,17 @@ class PlanStates:
     pairs: dict[str, tuple[str, str]]
     #: Graph inputs `(1, 1, tokens, 1)` of which only the length counts.
     lengths: tuple[str, ...]
+
+    @property
+    def buffer_lengths(self) -> list[str]:
+        """The values that say how many rows of buffers are filled."""
+        return sorted({spec.length for spec in self.specs.values() if spec.length})
+
+    @property
+    def positions(self) -> dict[str, tuple[int | str, ...]]:
+        """What is made of the plan's inputs and lengths alone, and its shape."""
+        each = {name: (1,) for past in self.buffer_lengths for name in _ends(past)}
+        return {"position_ids": (1, "T"), **each}
 
 
 def plan_states(
@@ -72,13 +78,15 @@ def plan_states(
     if not past:
         raise UnsupportedError("the exported graph has no cache")
     most: int | msgspec.UnsetType = limit if limit else msgspec.UNSET
-    specs, pairs, lengths = {}, {}, []
+    specs: dict[str, StateSpec] = {}
+    pairs, lengths = {}, []
     for node in nodes:
         if _is_attention(node):
             one = _options(node)
-            for name in (_keys(one), _values(one)):
-                buffer = (1, one["kv_num_heads"], "C", one["width"])
-                specs[name] = StateSpec(dtype="f32", shape=buffer, limit=most, length=PAST)
+            buffer = (1, one["kv_num_heads"], "C", one["width"])
+            keep: dict[str, Any] = {"window": one["window"]} if one["window"] else {"limit": most}
+            spec = StateSpec(dtype="f32", shape=buffer, length=_past(one["window"]), **keep)
+            specs |= {_keys(one): spec, _values(one): spec}
     for number, (before, after) in enumerate(zip(past, present, strict=True)):
         shape = inputs[before]
         known_dims = [isinstance(dim, int) for dim in shape]
@@ -101,6 +109,8 @@ def plan_states(
             specs[name] = StateSpec(dtype="f32", shape=tuple(map(int, shape[1:])))
     if not any(spec.grows for spec in specs.values()):
         raise UnsupportedError("the exported graph has no cache that grows with every token")
+    if all(spec.window for spec in specs.values() if spec.grows):
+        specs[POSITION] = StateSpec(dtype="i64", shape=(1,), limit=most)
     return PlanStates(specs, pairs, tuple(lengths))
 
 
@@ -118,9 +128,10 @@ def with_plan_values(
         return name
 
     constants["plan_one"] = np.array(1, dtype=np.int64)
-    # All that grow are equally long: no segment needs another's to know how long.
+    # All that keep every row are equally long: no segment needs another's to know how long.
     if states.lengths:
-        length = helper.make_node("Identity", [PAST], ["plan_length"])
+        past = POSITION if POSITION in states.specs else PAST
+        length = helper.make_node("Identity", [past], ["plan_length"])
     else:
         first = next(name for name in states.pairs if states.specs[name].grows)
         length = helper.make_node("Shape", [first], ["plan_length"], start=0, end=1)
@@ -133,13 +144,19 @@ def with_plan_values(
         helper.make_node("Add", ["plan_tokens", "plan_past"], ["plan_end"]),
         helper.make_node("Range", ["plan_past", "plan_end", "plan_one"], ["plan_positions"]),
         helper.make_node("Unsqueeze", ["plan_positions", ints(0)], ["position_ids"]),
-        # GroupQueryAttention counts in int32, and by the last position.
-        helper.make_node("Add", ["plan_length", "plan_count"], ["plan_ends"]),
-        helper.make_node("Cast", ["plan_ends"], ["plan_total"], to=6),
-        helper.make_node("Sub", ["plan_ends", ints(1)], ["plan_lasts"]),
-        helper.make_node("Cast", ["plan_lasts"], ["plan_last"], to=6),
     ]
+    for past in states.buffer_lengths:
+        # GroupQueryAttention counts in int32, and by the last row.
+        last, total = _ends(past)
+        before += [
+            helper.make_node("Add", [past, "plan_count"], [f"{total}.long"]),
+            helper.make_node("Cast", [f"{total}.long"], [total], to=6),
+            helper.make_node("Sub", [f"{total}.long", ints(1)], [f"{last}.long"]),
+            helper.make_node("Cast", [f"{last}.long"], [last], to=6),
+        ]
     after = [helper.make_node("Squeeze", ["plan_logits", ints(0)], [LOGITS])]
+    if POSITION in states.specs:
+        after.append(helper.make_node("Add", [POSITION, "plan_count"], [state_out(POSITION)]))
     renamed = {LOGITS: "plan_logits"}
     known = {("input_ids", 1): "plan_count"} | {(name, 2): "plan_length" for name in states.lengths}
     for name, (past, present) in states.pairs.items():
@@ -180,7 +197,7 @@ def _with_cache(node: onnx.NodeProto) -> onnx.NodeProto:
     one = _options(node)
     keys, values = _keys(one), _values(one)
     sinks = ["", "", "", "", node.input[3]] if len(node.input) > 3 else []
-    given = [*node.input[:3], keys, values, "plan_last", "plan_total", *sinks]
+    given = [*node.input[:3], keys, values, *_ends(_past(one["window"])), *sinks]
     options = {name: one[name] for name in ("num_heads", "kv_num_heads", "scale")}
     if one["window"]:
         options["local_window_size"] = one["window"]
@@ -203,6 +220,15 @@ def _options(node: onnx.NodeProto) -> dict[str, Any]:
     from onnx import helper
 
     return {one.name: helper.get_attribute_value(one) for one in node.attribute}
+
+
+def _past(window: int) -> str:
+    return f"{PAST}.{window}" if window else PAST
+
+
+def _ends(past: str) -> tuple[str, str]:
+    """The values that tell a node where its rows end, of how many there were before."""
+    return f"{past}.last", f"{past}.total"
 
 
 def _keys(options: Mapping[str, Any]) -> str:

@@ -229,12 +229,16 @@ function readState(value, place) {
     throw new ManifestError(
       `manifest.json: ${place}.shape: only the first dimension may grow, or one of a buffer`,
     );
+  const window = optional(value.window, `${place}.window`, positive);
+  if (window !== null && length === null)
+    throw new ManifestError(`manifest.json: ${place}.window: this state is no buffer`);
   return {
     dtype: carried(value.dtype, place),
     shape,
     axis,
     grows: axis >= 0,
     length,
+    window,
     fixed,
     init: number(value.init ?? 0, `${place}.init`),
     limit: optional(value.limit, `${place}.limit`, positive),

@@ -1,7 +1,10 @@
 // State: what a sequence carries from call to call.
 
-import { concatenate, filled, fromBytes, sizeOf } from "./arrays.js";
+import { concatenate, filled, fromBytes, sizeOf, slice } from "./arrays.js";
 import { InputError } from "./errors.js";
+
+// As rows.py has it: so many rows have left a window before they are forgotten.
+const spareRows = (window) => Math.max(64, Math.floor(window / 8));
 
 /**
  * The named arrays of one sequence; those that grow begin without rows. Graphs copy every input
@@ -37,6 +40,8 @@ export class State {
 
   /** Map of name to what steps of `tokens` tokens read: buffers with room, and their lengths. */
   board(tokens) {
+    const pairs = [...this.#arrays];
+    this.#arrays = new Map(pairs.map(([n, one]) => [n, withinWindow(this.#specs.get(n), one)]));
     const board = new Map(this.#arrays);
     for (const [name, spec] of this.#specs) {
       if (spec.length === null) continue;
@@ -50,8 +55,10 @@ export class State {
   /** Raises `InputError` if a growing value cannot take `rows` more. */
   checkRoom(rows) {
     for (const [name, { grows, axis, limit }] of this.#specs) {
-      const count = this.#arrays.get(name).shape[axis];
-      if (grows && limit !== null && count + rows > limit)
+      const { shape, data } = this.#arrays.get(name);
+      // What is limited and does not grow counts tokens.
+      const count = grows ? shape[axis] : Number(data[0]);
+      if (limit !== null && count + rows > limit)
         throw new InputError(
           `state '${name}': expected at most ${limit} tokens in all, found ${count} and ${rows} more`,
           { hint: "Start a new state, with fewer of the earlier tokens." },
@@ -102,8 +109,33 @@ export class State {
       const view = new Uint8Array(array.data.buffer, array.data.byteOffset, array.data.byteLength);
       next.set(name, fromBytes(spec.dtype, array.shape, view.slice()));
     }
+    checkWindows(this.#specs, next);
     this.#arrays = next;
   }
+}
+
+/** Raises `InputError` if rows are missing that a window still needs. */
+function checkWindows(specs, arrays) {
+  let tokens = null;
+  for (const [name, { grows, axis, limit, window }] of specs)
+    if (grows && window === null) tokens = arrays.get(name).shape[axis];
+    else if (!grows && limit !== null) tokens = Number(arrays.get(name).data[0]);
+  for (const [name, { axis, window }] of specs) {
+    if (window === null || tokens === null) continue;
+    const rows = arrays.get(name).shape[axis];
+    const least = Math.min(tokens, window - 1);
+    if (rows < least || rows > tokens)
+      throw new InputError(
+        `state '${name}': expected ${least} to ${tokens} rows of ${tokens} tokens, found ${rows}`,
+      );
+  }
+}
+
+/** The rows of a buffer that count, once enough others have gathered before them. */
+function withinWindow({ window, axis }, array) {
+  const rows = array.shape[axis];
+  if (window === null || rows < window + spareRows(window)) return array;
+  return slice(array, axis, rows - window + 1, rows);
 }
 
 function empty({ dtype, shape }, rows) {
