@@ -21,19 +21,23 @@ class ExpertCounts:
         self._tokens = {layer: [0] * size for layer, size in sizes.items()}
         self._gates = {layer: [0.0] * size for layer, size in sizes.items()}
 
-    def routed(self, layer: int, ids: Array, gates: Array) -> None:
-        """Many tokens: `ids` `(T, k)`, -1 for none, and their `gates`."""
+    def routed(self, layer: int, ids: Array, gates: Array) -> list[int]:
+        """Many tokens: `ids` `(T, k)`, -1 for none, and their `gates`.
+
+        Returns how many of them went to each expert.
+        """
         valid = ids >= 0
         size = len(self._tokens[layer])
         tokens: list[int] = np.bincount(ids[valid], minlength=size).tolist()
         mass: list[float] = np.bincount(ids[valid], gates[valid], minlength=size).tolist()
         if len(tokens) > size:
-            return  # a router chose what is no expert: the pager refuses the step
+            return tokens  # a router chose what is no expert: the pager refuses the step
         with self._lock:
             for expert, count in enumerate(tokens):
                 if count:
                     self._tokens[layer][expert] += count
                     self._gates[layer][expert] += mass[expert]
+        return tokens
 
     def routed_one(self, layer: int, ids: Sequence[int], gates: Sequence[float] | None) -> None:
         """One token; without `gates` only it is counted."""

@@ -16,7 +16,7 @@ import numpy as np
 from evermind_manifests.manifest import ExpertsStep, Guess, Step
 
 from .devices import Slot, host_value, numpy_dtype
-from .program import Choices, Engine, checked_ids, run_graph, without_zeros
+from .program import Engine, checked_ids, run_graph, without_zeros
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -58,8 +58,6 @@ class _BoundStep:
     growing: list[tuple[str, str]]
     # Graph input, graph output and state, for each buffer.
     buffers: list[tuple[str, str, str]]
-    # For a pooled step: what its routers chose (bound buffers).
-    choices: Choices
     # For fused experts: what later layers will probably need, to be read while these run.
     guesses: list[_BoundGuess] = field(default_factory=list)
     # What each of `buffers` is bound to now.
@@ -111,6 +109,12 @@ class BoundDecode:
             for name, spec in plan.state.items()
             if name in state.grown
         }
+        # What routers of pooled steps chose (bound buffers).
+        width = engine.served_tokens.width
+        self._routes: tuple[Array, Array] = (
+            np.zeros(width, dtype=np.int64),
+            np.zeros(width, dtype=np.float32),
+        )
         steps = engine.decode
         for step in steps:
             self._allocate(step)
@@ -148,7 +152,8 @@ class BoundDecode:
         for name, array in inputs.items():
             self._values[name][...] = array
         pager, state = self._engine.pager, self._state
-        if self._rows or state.buffers:
+        moves = bool(self._rows or state.buffers)
+        if moves:
             state.check_room(1)
             state.reserve(1)
             self._bind_buffers()
@@ -160,8 +165,6 @@ class BoundDecode:
                 continue
             if step.ids is None:
                 run_graph(step.graph, step.session, step.binding)
-                if step.choices:
-                    self._engine.served(step.choices)
                 continue
             ids: list[int] = step.ids.tolist()[0]
             gates = None if step.gates is None else step.gates.tolist()[0]
@@ -176,9 +179,12 @@ class BoundDecode:
                 self._guess(step)
                 self._rebind(step, slots)
                 run_graph(step.graph, step.session, step.binding)
+        if len(self._routes[0]):
+            self._engine.served_one(*self._routes)
         self._engine.finite.check(self._checked[state.side])
-        state.append(self._rows)
-        state.fill(1)
+        if moves:
+            state.append(self._rows)
+            state.fill(1)
         state.flip()
 
     def _bind_buffers(self) -> None:
@@ -254,6 +260,11 @@ class BoundDecode:
                 continue
             shape = [dim if isinstance(dim, int) else 1 for dim in declared[name].shape]
             self._values[value] = np.zeros(shape, dtype=_ONNX_TYPES[declared[name].type])
+        for layer, names in self._engine.pooled_routes(step).items():
+            span = self._engine.served_tokens.spans[layer]
+            for value, chosen in zip(names, self._routes, strict=True):
+                assert self._values[value].dtype == chosen.dtype, "routes are i64 and f32"
+                self._values[value] = chosen[None, span]
 
     def _place(self, guess: Guess, steps: Sequence[Step]) -> None:
         """Have the guess made as early as it can be: before the first experts that run after
@@ -337,16 +348,15 @@ class BoundDecode:
             if value not in filled:
                 binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
-            choices = engine.choices(step, written) if step.pools else []
             return _BoundStep(
-                step.graph, session, binding, -1, None, None, [], [], growing, buffers, choices
+                step.graph, session, binding, -1, None, None, [], [], growing, buffers
             )
         layer, ids = step.experts.layer, read[step.experts.ids]
         gates = read[step.experts.gates] if step.experts.gates else None
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
         return _BoundStep(
-            step.graph, session, binding, layer, ids, gates, names, bound, growing, buffers, []
+            step.graph, session, binding, layer, ids, gates, names, bound, growing, buffers
         )
 
 

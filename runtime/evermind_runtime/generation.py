@@ -100,9 +100,9 @@ def _loop(
     if limit and len(pending) > 1:
         model.forward({"tokens": pending[:-1]}, state=state, outputs=[])
     token = np.array([pending[-1]], dtype=np.int64)
+    inputs = {"tokens": token}
     for made in range(1, limit + 1):
-        logits = model.decode({"tokens": token}, state)["logits"]
-        token[0] = choice = sampler.pick(logits[-1])
+        token[0] = choice = sampler.pick(model.decode(inputs, state)["logits"][-1])
         if forget is not None:
             state.rewind(forget)
             forget = None

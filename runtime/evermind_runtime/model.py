@@ -286,6 +286,7 @@ class Model:
 
     def _listen(self, writer: TraceWriter | None) -> None:
         """Tell of routed steps: a trace, and a server's store what it will be asked for."""
+        self._engine.count_served()
         store, expect = self._package.store, None
         if not store.local:
             from .stores.cached import CachedStore
@@ -316,11 +317,13 @@ class Model:
         Tokens, gates, hits, misses and bytes are counted from loading on, all else from
         `observe` on.
         """
+        self._engine.count_served()
         counts, pages = self._engine.counts, self._pager.pages
         return report(self.manifest.layers, counts, pages, self._tokens, self._observer)
 
     def stats(self) -> Stats:
         """Counters since loading."""
+        self._engine.count_served()
         pager = self._pager
         counters, slots = pager.counters, pager.slots.counters
         pooled = self._engine.pools.bytes if self._engine.pools else 0

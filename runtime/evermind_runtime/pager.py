@@ -251,15 +251,13 @@ class Pager:
             self._recover()
             raise
 
-    def served(self, layer: int, tokens: Sequence[Sequence[int]]) -> None:
-        """For each token, the experts it used of a layer where all stand in pools."""
+    def served(self, layer: int, uses: Sequence[int]) -> None:
+        """How often each expert was used of a layer where all stand in pools."""
         with self._lock:
-            for experts in tokens:
-                self.counters.hits += len(experts)
-                for expert in experts:
-                    self.pages[layer, expert].hits += 1
-            if self.recorder:
-                self.recorder(layer, tokens)
+            for expert, count in enumerate(uses):
+                if count:
+                    self.counters.hits += count
+                    self.pages[layer, expert].hits += count
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Read ahead what `layer`'s router will probably choose, likeliest first.

@@ -24,6 +24,7 @@ from .observer import Observer
 from .pager import Pager
 from .pools import Pools
 from .resident import Resident
+from .served import ServedTokens
 from .sessions import Sessions
 from .state import Array, State
 
@@ -71,6 +72,11 @@ class Engine:
         if pooled is None and one_by_one:
             self.decode = plan.prefill
         self._routes = routes(plan)
+        widths = {layer.layer: layer.top_k for layer in manifest.layers}
+        #: Tokens that pooled steps decoded and nobody has counted.
+        self.served_tokens = ServedTokens(
+            {layer: widths[layer] for step in self.decode for layer in self.pooled_routes(step)}
+        )
         self._weights: dict[str, ort.OrtValue] = {}
 
     def weight(self, name: str) -> ort.OrtValue:
@@ -87,22 +93,34 @@ class Engine:
             assert self.pools, "pooled programs run once the pools are filled"
             yield name, self.pools.value(pool)
 
-    def choices(self, step: GraphStep, values: Mapping[str, Array]) -> Choices:
-        """The routes among what a pooled step gave: (layer, ids, gates) of each layer."""
-        return [
-            (layer, values[ids], values[gates])
-            for layer, (ids, gates) in self._routes.items()
-            if ids in step.outputs.values()
-        ]
+    def pooled_routes(self, step: Step) -> dict[int, tuple[str, str]]:
+        """The values (ids, gates) of each layer that a pooled step routes; else none."""
+        if isinstance(step, ExpertsStep) or not step.pools:
+            return {}
+        given = step.outputs.values()
+        return {layer: names for layer, names in self._routes.items() if names[0] in given}
 
     def served(self, choices: Choices) -> None:
         """A pooled step has run: count what its routers chose."""
         for layer, ids, gates in choices:
-            self.pager.served(layer, ids.tolist())
-            if len(ids) == 1:
-                self.counts.routed_one(layer, ids.tolist()[0], gates.tolist()[0])
-            else:
-                self.counts.routed(layer, ids, gates)
+            # Where a gate is 0 the expert is not needed.
+            ids = np.where(gates == 0, -1, ids)
+            self.pager.served(layer, self.counts.routed(layer, ids, gates))
+            if record := self.pager.recorder:
+                record(layer, [[one for one in token if one >= 0] for token in ids.tolist()])
+
+    def served_one(self, ids: npt.NDArray[np.int64], gates: npt.NDArray[np.float32]) -> None:
+        """A token went through the pooled decode program: count its routes, a row of
+        `served_tokens`, when there are many, or before somebody looks."""
+        if not self.served_tokens.add(ids, gates) or self.pager.recorder:
+            self.count_served()
+
+    def count_served(self) -> None:
+        """Count what has been served so far."""
+        ids, gates = self.served_tokens.take()
+        if len(ids):
+            spans = self.served_tokens.spans
+            self.served([(at, ids[:, span], gates[:, span]) for at, span in spans.items()])
 
     def expert_inputs(self, layer: int, top_k: int) -> list[tuple[str, ...]]:
         """The graph inputs a fused step's experts are bound to, by position."""
@@ -180,7 +198,11 @@ def _needed_choices(
         for one in needed_steps(prefill, wanted, state.current)
         if isinstance(one, ExpertsStep)
     }
-    return [choice for choice in engine.choices(step, values) if choice[0] in layers]
+    return [
+        (layer, values[ids], values[gates])
+        for layer, (ids, gates) in engine.pooled_routes(step).items()
+        if layer in layers
+    ]
 
 
 def run_graph(path: str, session: Any, binding: ort.IOBinding) -> None:

@@ -23,6 +23,9 @@ from .warping import Warping, penalise
 DEFAULT_SEED = 1
 # Logits over less would leave the range of float32.
 _LEAST_TEMPERATURE = 1e-30
+# A bound on what rounding does to a sum of up to 2^26 weights, over the sum: 2^-24 for a weight's
+# rounding to float32, in the sum and in what is taken off it, and 2^-53 for every addition.
+_ROUNDING = 2.0**-22
 
 _T = TypeVar("_T")
 
@@ -96,6 +99,7 @@ class Sampler:
     ) -> None:
         self._temperature = temperature
         self._warping = warping or Warping()
+        self._warps = not self._warping.keeps_all
         self._penalty = repetition_penalty
         self._seen: set[int] = set()
         self._lcg = Lcg(DEFAULT_SEED if seed is None else seed)
@@ -107,35 +111,60 @@ class Sampler:
 
     def pick(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token id for `logits` `(vocab,) float32`."""
+        if self._penalty == 1:
+            return self._choose(logits)
         if self._seen:
             seen = np.fromiter(self._seen, np.int64, len(self._seen))
             logits = penalise(logits, seen, self._penalty)
         choice = self._choose(logits)
-        self.see([choice])
+        self._seen.add(choice)
         return choice
 
     def _choose(self, logits: npt.NDArray[np.float32]) -> int:
         if self._temperature <= 0:
             return greedy(logits)
-        if self._warping.keeps_all:
-            return self._draw(logits.astype(np.float64) / self._temperature)
+        if not self._warps:
+            return draw(logits, self._temperature, self._lcg.next())
         scores = self._warping.apply(logits, self._temperature)
         kept = np.flatnonzero(scores > -np.inf)
         # Nothing is left where logits are NaN.
-        return (
-            int(kept[self._draw(scores[kept].astype(np.float64))]) if len(kept) else greedy(logits)
-        )
+        return int(kept[draw(scores[kept], 1.0, self._lcg.next())]) if len(kept) else greedy(logits)
 
-    def _draw(self, scaled: npt.NDArray[np.float64]) -> int:
-        scaled -= scaled.max()
-        weights = np.exp(scaled, out=scaled).astype(np.float32)
-        # Sums and differences one by one, in order, as rounding decides on the boundary.
-        left = np.empty(len(weights) + 1)
-        left[1:] = weights
-        left[0] = self._lcg.next() * np.add.accumulate(left[1:])[-1]
-        below = np.subtract.accumulate(left, out=left)[1:] <= 0
-        choice = int(below.argmax())
-        return choice if below[choice] else len(weights) - 1
+
+def draw(logits: npt.NDArray[np.float32], temperature: float, uniform: float) -> int:
+    """The id that `uniform` in [0, 1) falls on when ids weigh `exp(logit / temperature)`.
+
+    The peer rounds weights to float32 and takes them off one by one; this finds the same id in
+    sums of unrounded ones, unless a boundary is so near that rounding decides.
+    """
+    scaled = logits.astype(np.float64)
+    if temperature != 1:
+        scaled /= temperature
+    scaled -= scaled[logits.argmax()]
+    weights = np.exp(scaled, out=scaled)
+    upto = np.add.accumulate(weights)
+    total = float(upto[-1])
+    target = uniform * total
+    choice = int(upto.searchsorted(target))
+    margin = total * _ROUNDING
+    # False where there is a NaN.
+    if (
+        choice < len(upto)
+        and upto[choice] - target > margin
+        and (choice == 0 or target - upto[choice - 1] > margin)
+    ):
+        return choice
+    return draw_one_by_one(weights.astype(np.float32), uniform)
+
+
+def draw_one_by_one(weights: npt.NDArray[np.float32], uniform: float) -> int:
+    """The same with the peer's sums and differences, in its order (section 8.4)."""
+    left = np.empty(len(weights) + 1)
+    left[1:] = weights
+    left[0] = uniform * np.add.accumulate(left[1:])[-1]
+    below = np.subtract.accumulate(left, out=left)[1:] <= 0
+    choice = int(below.argmax())
+    return choice if below[choice] else len(weights) - 1
 
 
 def greedy(logits: npt.NDArray[np.float32]) -> int:

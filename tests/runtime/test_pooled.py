@@ -88,6 +88,31 @@ def test_routes_are_counted_and_recorded_all_the_same(package: Path, tmp_path: P
     np.testing.assert_allclose(mass[0], mass[1], rtol=1e-4)
 
 
+def test_what_is_decoded_is_counted_when_somebody_looks(package: Path, tmp_path: Path) -> None:
+    token = {"tokens": np.array([3])}
+    with em.load(package, plan="resident") as model, em.load(package, plan="half") as half:
+        states = model.new_state(), half.new_state()
+        for made in range(1, 300):
+            model.decode(token, states[0])
+            half.decode(token, states[1])
+            if made in (1, 127, 128, 129, 299):
+                counts = [
+                    [[e.tokens for e in layer.experts] for layer in one.introspect().layers]
+                    for one in (model, half)
+                ]
+                assert counts[0] == counts[1]
+                assert model.stats().expert_hits == sum(map(sum, counts[0])) == made * 3 * 2
+                assert model.introspect().layers[0].experts[0].hits == counts[0][0][0]
+        # A trace begins with the tokens after it.
+        model.decode(token, states[0])
+        model.trace(tmp_path / "trace")
+        model.decode(token, states[0])
+        model.trace(None)
+        model.decode(token, states[0])
+    steps = read_trace(tmp_path / "trace").steps
+    assert [(step.layer, len(step.tokens)) for step in steps] == [(0, 1), (1, 1), (2, 1)]
+
+
 def test_the_budget_decides(lm_package: Path, manifest: Manifest) -> None:
     total, least = total_expert_bytes(manifest), working_set_bytes(manifest)
     pooled = pool_bytes(manifest) + 2 * least
