@@ -51,32 +51,40 @@ def found(model: Any) -> Any:
 )
 def test_windows_are_found(kind: str, options: dict[str, Any], windows: list[int]) -> None:
     layers = found(model_of(kind, **options))
-    assert [layers[number].window for number in sorted(layers)] == windows
+    assert [layers[number].sight for number in sorted(layers)] == [(one, False) for one in windows]
     latent = kind == "deepseek_v3"
     assert all((one.latent is not None) == latent for one in layers.values())
 
 
-def test_chunked_attention_is_not_plain() -> None:
+def test_chunks_are_found() -> None:
     chunked = {"layer_types": ["chunked_attention", "full_attention", "full_attention"]}
-    assert found(model_of("llama4_text", **chunked, attention_chunk_size=16)) is None
+    layers = found(model_of("llama4_text", **chunked, attention_chunk_size=16))
+    assert [layers[number].sight for number in range(3)] == [(16, True), (0, False), (0, False)]
 
 
 @pytest.mark.parametrize(
-    ("rule", "window"),
+    ("rule", "sight"),
     [
-        (lambda q, k: k <= q, 0),
-        (lambda q, k: (k <= q) & (k > q - 7), 7),
+        (lambda q, k: k <= q, (0, False)),
+        (lambda q, k: (k <= q) & (k > q - 7), (7, False)),
+        (lambda q, k: (k <= q) & (q // 16 == k // 16), (16, True)),
+        (lambda q, k: (k <= q) & (q // 60 == k // 60), (60, True)),
+        (lambda q, k: (k <= q) & (q // 100 == k // 100), (0, False)),
+        (lambda q, k: k == q, (1, False)),
         (lambda q, k: k <= q + 1, None),
-        (lambda q, k: (k <= q) & (q // 16 == k // 16), None),
+        (lambda q, k: (k <= q) & ((q + 8) // 16 == (k + 8) // 16), None),
+        (lambda q, k: (k <= q) & (q // 16 == k // 16) & ((q < 90) | (k % 2 == 0)), None),
         (lambda q, k: (k <= q) & (k != 1), None),
         (lambda q, k: (k <= q) & ((k > q - 7) | (k == 0)), None),
         (lambda q, k: k < q, None),
     ],
 )
-def test_a_mask_is_a_window_or_not(rule: Callable[..., Any], window: int | None) -> None:
-    from evermind_exporters.huggingface.attention import _window
+def test_a_mask_is_a_window_or_a_chunk_or_neither(
+    rule: Callable[..., Any], sight: tuple[int, bool] | None
+) -> None:
+    from evermind_exporters.huggingface.attention import _sight
 
-    assert _window(lambda batch, head, q, k: rule(q, k), 100) == window
+    assert _sight(lambda batch, head, q, k: rule(q, k), 100) == sight
 
 
 def test_latents_give_what_keys_and_values_give() -> None:

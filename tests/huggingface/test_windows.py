@@ -1,4 +1,4 @@
-"""Caches of sliding windows: bounded by the window, and the same numbers."""
+"""Caches of sliding windows and chunks: bounded by these, and the same numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_parity import TOLERANCE, error, logits_of
 
 WINDOW, TOKENS = 8, 620
 #: Architecture → the caches that a window bounds.
-BOUNDED = {"mixtral, window": {"0", "1"}, "gpt_oss": {"0"}}
+BOUNDED = {"mixtral, window": {"0", "1"}, "gpt_oss": {"0"}, "llama4_text": {"0", "1"}}
 
 
 @pytest.fixture(params=BOUNDED)

@@ -3,9 +3,9 @@
 transformers (5.23) keeps a registry of ways to compute attention. A survey runs the model once
 with one registered here that only looks: a layer is plain if attention gets its keys and values
 straight from the cache, or as `latent.py` has it, and sees every earlier token, or those in a
-window. If all are plain, the model is traced with another, a node that `states.py` turns into an
-operator which keeps the cache itself; no mask is computed then, and nothing is read of the cache
-but its length.
+window or chunk. If all are plain, the model is traced with another, a node that `states.py` turns
+into an operator which keeps the cache itself; no mask is computed then, and nothing is read of the
+cache but its length.
 """
 
 from __future__ import annotations
@@ -31,17 +31,25 @@ _SURVEY, _CUT = "evermind_survey", "evermind_attention"
 _POSITIONS = 1 << 17
 
 
-class Plain(NamedTuple):
-    """A layer's attention: every earlier token, or with `window` only the last so many."""
+class Sight(NamedTuple):
+    """Which tokens one sees: with `window` only the last so many, itself included; else all
+    before it. If `chunked`, those of its own chunk of so many tokens."""
 
     window: int
+    chunked: bool
+
+
+class Plain(NamedTuple):
+    """A layer's attention."""
+
+    sight: Sight
     latent: Latent | None
 
 
-class _Window(NamedTuple):
-    """Stands in for a mask: what it lets a token see; None if it is not causal."""
+class _Mask(NamedTuple):
+    """Stands in for a mask; without `sight` it is of another form."""
 
-    width: int | None
+    sight: Sight | None
 
 
 def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
@@ -62,22 +70,22 @@ def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
         module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
     ) -> tuple[Any, None]:
         layer = getattr(module, "layer_idx", -1)
-        window = mask.width if isinstance(mask, _Window) else None
+        sight = mask.sight if isinstance(mask, _Mask) else None
         found[layer] = None
-        if layer in given and window is not None and options.get("is_causal") is not False:
+        if layer in given and sight is not None and options.get("is_causal") is not False:
             straight = key is given[layer][0] and value is given[layer][1]
             latent = None if straight else latent_of(module, given[layer], query, value)
             heads_fit = query.shape[1] % key.shape[1] == 0 and query.shape[3] == key.shape[3]
             if heads_fit and (straight or latent):
-                found[layer] = Plain(window, latent)
+                found[layer] = Plain(sight, latent)
             # Attention that comes again before the cache is given more is of another kind.
             del given[layer]
         shape = query.shape[0], query.shape[2], query.shape[1], value.shape[3]
         return query.new_zeros(shape), None
 
-    def mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> _Window:
+    def mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> _Mask:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return _Window(_window(mask_function, limit or _POSITIONS))
+        return _Mask(_sight(mask_function, limit or _POSITIONS))
 
     AttentionInterface.register(_SURVEY, look)
     AttentionMaskInterface.register(_SURVEY, mask)
@@ -107,16 +115,16 @@ def attention_nodes(model: Any, layers: Mapping[int, Plain]) -> Iterator[None]:
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **o: Any
     ) -> tuple[torch.Tensor, None]:
         layer = module.layer_idx
-        window, latent = layers[layer]
+        sight, latent = layers[layer]
         o["scaling"] = query.shape[3] ** -0.5 if o.get("scaling") is None else o["scaling"]
         if latent is None:
-            return _node(layer, window, query, key, value, o), None
+            return _node(layer, sight, query, key, value, o), None
         import torch
 
         weight = module.kv_b_proj.weight
         latents = torch.cat(LengthLayer.given[layer], -1)
         query = to_latents(latent, weight, query)
-        return from_latents(latent, weight, _node(layer, window, query, latents, latents, o)), None
+        return from_latents(latent, weight, _node(layer, sight, query, latents, latents, o)), None
 
     # There is no mask function of this name, so that transformers makes no mask.
     AttentionInterface.register(_CUT, cut)
@@ -143,7 +151,7 @@ def keep_all(cache: Any) -> None:
 
 def _node(
     layer: int,
-    window: int,
+    sight: Sight,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -167,7 +175,8 @@ def _node(
         "num_heads": heads,
         "kv_num_heads": kv_heads,
         "scale": float(options["scaling"]),
-        "window": window,
+        "window": sight.window,
+        "chunked": int(sight.chunked),
         "softcap": float(options.get("softcap") or 0.0),
         "width": padded,
     }
@@ -185,25 +194,31 @@ def _node(
     return found.reshape(1, tokens, heads, padded)[..., :values]
 
 
-def _window(mask_function: Callable[..., Any], limit: int) -> int | None:
-    """How many tokens, itself included, a token sees: 0 for all; None if it is otherwise."""
+def _sight(mask_function: Callable[..., Any], limit: int) -> Sight | None:
+    """What a mask lets tokens see of `limit`; None if it is otherwise."""
     import torch
 
     first = torch.zeros((), dtype=torch.int64, device="cpu")
-    earlier = torch.arange(limit, device="cpu")
+    every = torch.arange(limit, device="cpu")
 
     def row(position: int) -> torch.Tensor:
-        seen = mask_function(first, first, first + position, earlier)
+        seen = mask_function(first, first, first + position, every)
         return torch.as_tensor(seen, device="cpu").broadcast_to(limit)
 
-    window = int(row(limit - 1).sum())
-    positions = {0, 1, window - 1, window, window + 1, 2 * window, limit // 2, limit - 2, limit - 1}
-    for position in positions:
-        if 0 <= position < limit:
-            expected = (earlier <= position) & (earlier > position - window)
-            if not bool((row(position) == expected).all()):
-                return None
-    return 0 if window == limit else window
+    # As many tokens see the first one.
+    width = int(torch.as_tensor(mask_function(first, first, every, first)).sum())
+    if not width:
+        return None
+    near = (0, width, 2 * width, limit // 2 // width * width, limit)
+    positions = {one + step for one in near for step in (-1, 0, 1)}
+    for chunked in (False, True):
+        for position in sorted(positions & set(range(limit))):
+            begin = position // width * width if chunked else position - width + 1
+            if not bool((row(position) == ((every <= position) & (every >= begin))).all()):
+                break
+        else:
+            return Sight(0 if width == limit else width, chunked)
+    return None
 
 
 def _replace(cache: Any, make: Callable[[int], Any]) -> dict[int, Any]:

@@ -5,7 +5,7 @@ transformers' graph takes token ids, positions and a cache; the plan has tokens 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,7 @@ def with_plan_values(
         return name
 
     constants["plan_one"] = np.array(1, dtype=np.int64)
+    attention = [node for node in nodes if _is_attention(node)]
     # All that keep every row are equally long: no segment needs another's to know how long.
     if states.lengths:
         past = POSITION if POSITION in states.specs else PAST
@@ -187,6 +188,9 @@ def with_plan_values(
             if dimension and ends.get("end") == begin + 1:
                 node = helper.make_node("Identity", [dimension], node.output)
         middle.append(_with_cache(node) if _is_attention(node) else node)
+    chunks = {options["window"] for node in attention if (options := _options(node))["chunked"]}
+    for size in sorted(chunks):
+        before += _chunk_nodes(size, ints, constants)
     return before + middle + after
 
 
@@ -196,10 +200,14 @@ def _with_cache(node: onnx.NodeProto) -> onnx.NodeProto:
 
     one = _options(node)
     keys, values = _keys(one), _values(one)
-    sinks = ["", "", "", "", node.input[3]] if len(node.input) > 3 else []
-    given = [*node.input[:3], keys, values, *_ends(_past(one["window"])), *sinks]
+    bias = _chunk_bias(one["window"]) if one["chunked"] else ""
+    sinks = node.input[3] if len(node.input) > 3 else ""
+    ends = _ends(_past(one["window"]))
+    given = [*node.input[:3], keys, values, *ends, "", "", "", bias, sinks]
+    while not given[-1]:
+        given.pop()
     options = {name: one[name] for name in ("num_heads", "kv_num_heads", "scale")}
-    if one["window"]:
+    if one["window"] and not one["chunked"]:
         options["local_window_size"] = one["window"]
     if one["softcap"]:
         options["softcap"] = one["softcap"]
@@ -220,6 +228,43 @@ def _options(node: onnx.NodeProto) -> dict[str, Any]:
     from onnx import helper
 
     return {one.name: helper.get_attribute_value(one) for one in node.attribute}
+
+
+def _chunk_nodes(
+    size: int, ints: Callable[..., str], constants: dict[str, npt.NDArray[Any]]
+) -> list[onnx.NodeProto]:
+    """What is added to products of queries and keys `(1, 1, T, rows)`, that a token sees its chunk.
+
+    A row's position is told from the end, as those before it may have been forgotten.
+    """
+    from onnx import helper
+
+    bias = _chunk_bias(size)
+    constants |= {
+        "plan_zero": np.array(0, dtype=np.int64),
+        # Of chunks that are seen and not; not infinite, as that may become NaN.
+        "plan_seen": np.array(0, dtype=np.float32),
+        "plan_unseen": np.array(np.finfo(np.float32).min / 2, dtype=np.float32),
+    }
+    length = ints(size)
+    nodes = [
+        ("Add", [_past(size), "plan_count"], "rows"),
+        ("Squeeze", [f"{bias}.rows"], "row_count"),
+        ("Range", ["plan_zero", f"{bias}.row_count", "plan_one"], "row"),
+        ("Sub", ["plan_end", f"{bias}.row_count"], "first"),
+        ("Add", [f"{bias}.row", f"{bias}.first"], "position"),
+        ("Div", [f"{bias}.position", length], "key_chunk"),
+        ("Div", ["plan_positions", length], "query_chunk"),
+        ("Unsqueeze", [f"{bias}.query_chunk", ints(1)], "query_chunks"),
+        ("Equal", [f"{bias}.query_chunks", f"{bias}.key_chunk"], "same"),
+        ("Where", [f"{bias}.same", "plan_seen", "plan_unseen"], "two"),
+    ]
+    made = [helper.make_node(kind, given, [f"{bias}.{name}"]) for kind, given, name in nodes]
+    return [*made, helper.make_node("Unsqueeze", [f"{bias}.two", ints(0, 1)], [bias])]
+
+
+def _chunk_bias(size: int) -> str:
+    return f"chunk.{size}"
 
 
 def _past(window: int) -> str:
