@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from evermind_manifests.errors import InputError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
@@ -39,7 +40,7 @@ from evermind_runtime.stores.urls import is_url
 from evermind_runtime.trace import Trace
 
 CONFIG_NAME = "config.json"
-ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
+ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
 _OF_RUNNING = ("hit_rate", "bytes_per_token", "tokens_per_second", "bound", "ttft_seconds")
 
 
@@ -78,28 +79,51 @@ class Subject:
 def open_subject(
     location: str,
     *,
-    dtype: ExpertDType = "f16",
+    dtype: ImportDType = "keep",
+    trunk: ImportDType | None = None,
     context: int | None = None,
+    revision: str | None = None,
     remote: RemoteOptions | None = None,
 ) -> Iterator[Subject]:
-    """What `location` is: a package in any form, or a `config.json` or the folder it lies in.
+    """What `location` is: a package in any form, a `config.json`, the folder it lies in, or the
+    name of a model on a hub, of which `config.json` is fetched.
 
-    `dtype` is for a config: how its experts will be stored; `context` is how many tokens a
-    sequence has; `remote` says how a URL is read. Raises what opening a package or reading a
-    config raises.
+    `dtype` and `trunk` are for a config: what an import will be told of them; `context` is how
+    many tokens a sequence has; `remote` says how a URL is read. Raises what opening a package,
+    reading a config or fetching one raises, `InputError` for a `revision` of what is not on a hub.
     """
     path = Path(location)
     if not is_url(location):
+        if _is_on_a_hub(path):
+            from evermind_exporters.huggingface.hub import fetch_config
+
+            config = fetch_config(location, revision)
+            found = _config_subject(config, dtype, trunk, context)
+            yield replace(found, name=location, folder=Path.cwd())
+            return
+        if revision is not None:
+            raise InputError(
+                f"--revision {revision}: {location} lies here, and has no revisions",
+                hint="Give a name as org/name that is no path here.",
+            )
         head = read_head(location, 1)
         if head is None and not (path / MANIFEST_NAME).exists() and (path / CONFIG_NAME).is_file():
             path, head = path / CONFIG_NAME, b"{"
         if head is not None and path.name == MANIFEST_NAME:
             location = str(path.parent)
         elif head == b"{":
-            yield _config_subject(path, dtype, context)
+            yield _config_subject(path, dtype, trunk, context)
             return
     with open_location(location, remote) as package:
         yield package_subject(package, context, here=not is_url(location))
+
+
+def _is_on_a_hub(path: Path) -> bool:
+    if path.exists():
+        return False
+    from evermind_exporters.huggingface.hub import is_model_id
+
+    return is_model_id(str(path)) and not path.parent.exists()
 
 
 def package_subject(package: Package, context: int | None = None, *, here: bool = True) -> Subject:
@@ -124,10 +148,15 @@ def package_subject(package: Package, context: int | None = None, *, here: bool 
     )
 
 
-def _config_subject(path: Path, dtype: ExpertDType, context: int | None) -> Subject:
-    from evermind_exporters.huggingface import config_sizes, read_config
+def _config_subject(
+    path: Path, dtype: ImportDType, trunk: ImportDType | None, context: int | None
+) -> Subject:
+    from evermind_exporters.huggingface import model_sizes
 
-    counted = config_sizes(read_config(path), str(path), dtype=dtype, context=context)
+    counted = model_sizes(path, dtype=dtype, trunk=trunk, context=context)
+    how = "kept as they are" if dtype == "keep" else f"stored as {dtype}"
+    if trunk not in (None, dtype):
+        how += f", all but the experts {'kept as they are' if trunk == 'keep' else f'as {trunk}'}"
     return Subject(
         name=path.resolve().parent.name,
         family=counted.model_type,
@@ -136,8 +165,7 @@ def _config_subject(path: Path, dtype: ExpertDType, context: int | None) -> Subj
         folder=path.resolve().parent,
         checkpoint_bytes=counted.checkpoint_bytes,
         notes=(
-            f"experts stored as {dtype}, everything else float32, the state of a sequence of "
-            f"{counted.context:,} tokens",
+            f"weights {how}, the state of a sequence of {counted.context:,} tokens",
             *counted.notes,
         ),
     )

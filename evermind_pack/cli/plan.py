@@ -45,7 +45,8 @@ EXAMPLES = """\
   evermind-pack plan demo/package --memory 256MiB --budget 1MiB --budget 25% --json
   evermind-pack plan demo/package --trace trace.jsonl
   evermind-pack plan Mixtral-8x7B/config.json --memory 16GiB --disk-rate 3GB
-  evermind-pack plan OLMoE-1B-7B/ --dtype f32 --context 2048"""
+  evermind-pack plan allenai/OLMoE-1B-7B-0125 --memory 8GiB
+  evermind-pack plan OLMoE-1B-7B/ --dtype f16 --trunk f32 --context 2048"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a package, its manifest.json, or a Hugging Face config.json or its folder: "
-        "no weight need be there",
+        help="a package, its manifest.json, a Hugging Face config.json or its folder, or the name "
+        "of a model on a hub, as org/name: no weight need be there, and none is fetched",
+    )
+    parser.add_argument(
+        "--revision", help="a branch, tag or commit of a model on a hub (default: main)"
     )
     parser.add_argument(
         "--budget",
@@ -99,8 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("f16", "bf16", "f32"),
-        help="how the experts of a config.json will be stored (default: f16)",
+        choices=("keep", "f16", "bf16", "f32"),
+        help="of a config.json: what `import --dtype` will be told (default: keep)",
+    )
+    parser.add_argument(
+        "--trunk",
+        choices=("keep", "f16", "bf16", "f32"),
+        help="of a config.json: what `import --trunk` will be told (default: as --dtype)",
     )
     add_remote_arguments(parser)
 
@@ -109,12 +118,15 @@ def run(args: argparse.Namespace) -> int:
     """Print the forecasts; 1 where none of the budgets fits."""
     with open_subject(
         args.model,
-        dtype=args.dtype or "f16",
+        dtype=args.dtype or "keep",
+        trunk=args.trunk,
         context=args.context,
+        revision=args.revision,
         remote=remote_options(args),
     ) as subject:
-        if subject.manifest is not None and args.dtype:
-            raise InputError("--dtype has no meaning for a package: it is made")
+        for option in ("dtype", "trunk"):
+            if subject.manifest is not None and getattr(args, option):
+                raise InputError(f"--{option} has no meaning for a package: it is made")
         if subject.manifest is None and args.digest:
             raise InputError("--digest has no meaning for a config.json: it is no package")
         if not subject.sizes.layers:

@@ -43,7 +43,11 @@ def slot_bytes(manifest: Manifest) -> int:
 
     Whole pages from `DIRECT_BYTES` on.
     """
-    largest = max((manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0)
+    return slot_of(max((manifest.kinds[layer.kind].bytes for layer in manifest.layers), default=0))
+
+
+def slot_of(largest: int) -> int:
+    """What a resident expert takes where the largest has so many bytes."""
     return largest if largest < DIRECT_BYTES else -(-largest // BLOCK) * BLOCK
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from evermind_manifests.dtypes import tensor_bytes
 from evermind_manifests.manifest import Manifest, StateSpec
-from msgspec import UNSET, structs
+from msgspec import structs
 
 from .layers import ExpertLayer, all_bytes, cycle_bytes, expert_layers, step_bytes
+from .rows import most_rows
 
 DEFAULT_CONTEXT: Final = 4096
 
@@ -97,7 +99,7 @@ def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> Mod
         layers=expert_layers(manifest),
         resident_bytes=resident,
         active_resident_bytes=min(resident, round(resident * active_trunk / trunk)),
-        state_bytes=sum(_state_bytes(spec, context) for spec in manifest.plan.state.values()),
+        state_bytes=states_bytes(manifest.plan.state.values(), context),
         total_parameters=manifest.parameters.total,
         active_parameters=manifest.parameters.active,
         expert_parameters=experts,
@@ -132,8 +134,13 @@ def _expert_parameters(manifest: Manifest) -> dict[str, int]:
     }
 
 
+def states_bytes(states: Iterable[StateSpec], context: int) -> int:
+    """What they take for a sequence of `context` tokens."""
+    return sum(_state_bytes(spec, context) for spec in states)
+
+
 def _state_bytes(spec: StateSpec, context: int) -> int:
     one = tensor_bytes(spec.dtype, spec.fixed)
     if not spec.grows:
         return one
-    return one * (context if spec.limit is UNSET else min(context, spec.limit))
+    return one * min(context, most_rows(spec))

@@ -151,7 +151,7 @@ PUBLISHED = [
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_are_those_of_transformers(name: str) -> None:
     case = COUNTS[name]
-    counted = config_sizes(case["config"])
+    counted = config_sizes({"dtype": "float32", **case["config"]})
     assert counted.model_type in ARCHITECTURES
     assert counted.notes == ()
     assert counted.sizes.total_parameters == case["parameters"]
@@ -171,22 +171,40 @@ def test_totals_are_those_published(config: dict[str, Any], billions: float) -> 
 def test_sizes_of_mixtral() -> None:
     counted = config_sizes(MIXTRAL, dtype="f16", context=4096)
     sizes = counted.sizes
-    assert {layer.bytes for layer in sizes.layers} == {3 * 4096 * 14336 * 2}
+    page = 4096  # a shard's header
+    assert {layer.bytes for layer in sizes.layers} == {3 * 4096 * 14336 * 2 + page}
     assert len(sizes.layers) == 32
-    assert sizes.least_budget == 2 * 3 * 4096 * 14336 * 2
+    assert sizes.least_budget == 2 * (3 * 4096 * 14336 * 2 + page)
     assert sizes.cycle_bytes == 32 * sizes.least_budget
     # Keys and values of 8 heads of 128 in 32 layers, float32.
     assert sizes.state_bytes == 2 * 8 * 128 * 32 * 4096 * 4
-    assert sizes.resident_bytes == (sizes.total_parameters - sizes.expert_parameters) * 4
+    assert sizes.resident_bytes == (sizes.total_parameters - sizes.expert_parameters) * 2
     # The embedding is read by the row, the head whole.
-    assert sizes.resident_bytes - sizes.active_resident_bytes == 32000 * 4096 * 4
+    assert sizes.resident_bytes - sizes.active_resident_bytes == 32000 * 4096 * 2
     assert counted.checkpoint_bytes == sizes.total_parameters * 2
-    assert config_sizes(MIXTRAL, dtype="f32").sizes.all_expert_bytes == 2 * sizes.all_expert_bytes
+    # The experts of each layer, a segment before, between and after them.
+    assert sizes.graph_runs == 65
+
+
+def test_weights_are_counted_as_an_import_stores_them() -> None:
+    kept, wide = config_sizes(MIXTRAL).sizes, config_sizes(MIXTRAL, trunk="f32").sizes
+    assert kept == config_sizes(MIXTRAL, dtype="bf16").sizes
+    assert wide.resident_bytes == 2 * kept.resident_bytes
+    assert wide.layers == kept.layers
+    all_wide = config_sizes(MIXTRAL, dtype="f32").sizes
+    assert all_wide.resident_bytes == wide.resident_bytes
+    assert all_wide.all_expert_bytes == pytest.approx(2 * kept.all_expert_bytes, rel=1e-4)
+    with pytest.raises(ConfigError, match=r"trunk: expected one of keep, f16, bf16, f32, found"):
+        config_sizes(MIXTRAL, trunk="f8")  # type: ignore[arg-type]
+    silent = config_sizes({**MIXTRAL, "torch_dtype": None})
+    assert silent.sizes == all_wide
+    assert "does not say" in silent.notes[0]
 
 
 def test_a_latent_cache_and_a_window_keep_less() -> None:
     lite = config_sizes(DEEPSEEK_V2_LITE, context=1000).sizes
-    assert lite.state_bytes == 27 * (512 + 64) * 1000 * 4
+    # Held as keys and as values.
+    assert lite.state_bytes == 27 * 2 * (512 + 64) * 1000 * 4
     oss = config_sizes({**GPT_OSS_20B, "max_position_embeddings": 131072}, context=1000).sizes
     assert oss.state_bytes == 2 * 8 * 64 * 4 * (12 * 128 + 12 * 1000)
     qwen = config_sizes({**QWEN15, "use_sliding_window": False}, context=1000).sizes
@@ -197,9 +215,17 @@ def test_quantised_checkpoints_weigh_what_is_published() -> None:
     v3, oss = config_sizes(DEEPSEEK_V3), config_sizes(GPT_OSS_20B)
     assert v3.checkpoint_bytes == pytest.approx(672e9, rel=0.01)
     assert oss.checkpoint_bytes == pytest.approx(13.76e9, rel=0.01)
-    assert any("quantised" in note for note in oss.notes)
-    unknown = {**GPT_OSS_20B, "quantization_config": {"quant_method": "new"}}
-    assert config_sizes(unknown).checkpoint_bytes is None
+    # Powers of two times 2 bits fit bfloat16, other factors times 4 do not.
+    assert oss.sizes.layers[0].bytes == pytest.approx(2 * 3 * 2880**2, rel=0.01)
+    assert v3.sizes.layers[0].bytes == pytest.approx(4 * 3 * 7168 * 2048, rel=0.01)
+    assert any("float32 factors" in note for note in v3.notes)
+    assert not any("float32 factors" in one for one in config_sizes(DEEPSEEK_V3, dtype="f16").notes)
+    short = {"quant_method": "fp8", "scale_fmt": "ue8m0"}
+    halved = config_sizes({**DEEPSEEK_V3, "quantization_config": short}).sizes
+    assert halved.resident_bytes < 0.6 * v3.sizes.resident_bytes
+    unknown = config_sizes({**GPT_OSS_20B, "quantization_config": {"quant_method": "new"}})
+    assert unknown.checkpoint_bytes is None
+    assert any("reads no checkpoints quantised as 'new'" in note for note in unknown.notes)
 
 
 def test_layers_with_and_without_experts() -> None:

@@ -22,16 +22,21 @@ from .hub_server import TOKEN, Hub, serving
 
 pytest.importorskip("huggingface_hub")
 
-# Fetches each `model[@revision]`: a line of JSON with the folder, or with the error.
+# Fetches each `model[@revision]`: a line of JSON with the folder, or with the error. Of one that
+# ends in ` config` only that file.
 FETCH = """
 import json, sys
-from evermind_exporters.huggingface.hub import fetch_checkpoint
+from evermind_exporters.huggingface.hub import fetch_checkpoint, fetch_config
 from evermind_manifests.errors import EvermindPackError
 
 for wanted in sys.argv[1:]:
     model, _, revision = wanted.partition("@")
     told = []
     try:
+        if revision.endswith(" config"):
+            path = fetch_config(model, revision.removesuffix(" config") or None)
+            print(json.dumps({"folder": str(path.parent), "told": []}))
+            continue
         folder = fetch_checkpoint(
             model, revision or None, progress=lambda *now: told.append(now)
         )
@@ -138,6 +143,17 @@ def test_only_what_an_import_reads_is_fetched_once(hub: Hub, tmp_path: Path) -> 
     assert (absent["error"], absent["code"]) == ("OfflineError", 1)
     assert "HF_HUB_OFFLINE forbids the network" in absent["message"]
     assert hub.requests == []
+
+
+def test_a_config_comes_alone(hub: Hub, tmp_path: Path) -> None:
+    hub.requests.clear()
+    found, none, absent = fetch(
+        environment(hub, tmp_path), "org/sharded@v2 config", "org/empty@ config", "org/no@ config"
+    )
+    assert names(found["folder"]) == {"config.json"}
+    assert hub.fetched == ["config.json"]
+    assert "expected a model with a config.json" in none["message"]
+    assert absent["error"] == "LocationError"
 
 
 def test_what_cannot_be_had_is_said_in_a_line(hub: Hub, tmp_path: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .sizes import ConfigSizes, config_sizes, read_config
+from .sizes import ConfigSizes, config_sizes, model_sizes, read_config
 
-__all__ = ["ConfigSizes", "config_sizes", "read_config"]
+__all__ = ["ConfigSizes", "config_sizes", "model_sizes", "read_config"]

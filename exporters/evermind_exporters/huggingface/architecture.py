@@ -12,12 +12,13 @@ from typing import Final, Literal
 
 from evermind_manifests.errors import ConfigError
 
+from .attention import padded_width
 from .fields import Fields
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 # Layers that keep a recurrent state instead of keys and values.
 _RECURRENT = ("mamba_d_state", "mamba_d_conv", "attn_layer_period", "full_attention_interval")
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
 _EXPERT_COUNTS = (
     "num_local_experts",
     "num_experts",
@@ -145,7 +146,7 @@ def count_parameters(fields: Fields) -> Counts:
             f"{fields.where}: expected a Mixture of Experts, with one of the fields "
             f"{', '.join(_EXPERT_COUNTS)}; found none (model_type {kind or 'not given'})"
         )
-    layers = fields.count("num_hidden_layers", "n_layers", least=1, most=_MOST_LAYERS)
+    layers = fields.count("num_hidden_layers", "n_layers", least=1, most=MOST_LAYERS)
     _refuse_recurrent_layers(fields, kind, layers)
     hidden = fields.count("hidden_size", "d_model", least=1)
     vocabulary = fields.count("vocab_size", least=1)
@@ -289,10 +290,13 @@ def _sparse_layers(fields: Fields, layers: int) -> list[bool]:
 
 
 def _kept_per_token(fields: Fields, traits: Traits, hidden: int) -> int:
+    """Keys and values, as `attention.py` keeps them; latents stand for both."""
     if fields.has("kv_lora_rank"):
-        return fields.count("kv_lora_rank") + fields.count("qk_rope_head_dim", default=64)
-    _, kv_heads, head_dim = _heads(fields, traits, hidden)
-    return 2 * kv_heads * head_dim
+        heads = 1
+        width = fields.count("kv_lora_rank") + fields.count("qk_rope_head_dim", default=64)
+    else:
+        _, heads, width = _heads(fields, traits, hidden)
+    return 2 * heads * padded_width(width)
 
 
 def _windows(fields: Fields, traits: Traits, layers: int) -> list[int]:

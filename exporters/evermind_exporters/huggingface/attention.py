@@ -10,7 +10,7 @@ cache but its length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,10 +40,12 @@ class Sight(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """A layer's attention."""
+    """A layer's attention; its node keeps keys and values of `heads` heads of this `width`."""
 
     sight: Sight
     latent: Latent | None
+    heads: int
+    width: int
 
 
 class _Mask(NamedTuple):
@@ -65,6 +67,14 @@ def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
     layers = _replace(cache, LengthLayer)
     given = LengthLayer.given
     found: dict[int, Plain | None] = {}
+    # Of layers that are alike: to find out takes draws as large as their weights.
+    latents: dict[Hashable, Latent | None] = {}
+
+    def latent_like(module: Any, new: Any, query: Any, value: Any) -> Latent | None:
+        key = type(module), *(one.shape for one in (*new, query, value))
+        if key not in latents:
+            latents[key] = latent_of(module, new, query, value)
+        return latents[key]
 
     def look(
         module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
@@ -74,10 +84,14 @@ def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
         found[layer] = None
         if layer in given and sight is not None and options.get("is_causal") is not False:
             straight = key is given[layer][0] and value is given[layer][1]
-            latent = None if straight else latent_of(module, given[layer], query, value)
+            latent = None if straight else latent_like(module, given[layer], query, value)
             heads_fit = query.shape[1] % key.shape[1] == 0 and query.shape[3] == key.shape[3]
-            if heads_fit and (straight or latent):
-                found[layer] = Plain(sight, latent)
+            if heads_fit and latent:
+                width = sum(one.shape[3] for one in given[layer])
+                found[layer] = Plain(sight, latent, 1, padded_width(width))
+            elif heads_fit and straight:
+                width = padded_width(query.shape[3], value.shape[3])
+                found[layer] = Plain(sight, None, key.shape[1], width)
             # Attention that comes again before the cache is given more is of another kind.
             del given[layer]
         shape = query.shape[0], query.shape[2], query.shape[1], value.shape[3]
@@ -115,7 +129,7 @@ def attention_nodes(model: Any, layers: Mapping[int, Plain]) -> Iterator[None]:
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **o: Any
     ) -> tuple[torch.Tensor, None]:
         layer = module.layer_idx
-        sight, latent = layers[layer]
+        sight, latent = layers[layer][:2]
         o["scaling"] = query.shape[3] ** -0.5 if o.get("scaling") is None else o["scaling"]
         if latent is None:
             return _node(layer, sight, query, key, value, o), None
@@ -162,7 +176,7 @@ def _node(
 
     heads, kv_heads, tokens = query.shape[1], key.shape[1], query.shape[2]
     values = value.shape[3]
-    padded = -(-max(query.shape[3], values) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    padded = padded_width(query.shape[3], values)
 
     def rows(x: torch.Tensor) -> torch.Tensor:
         # Zeros change no product of queries and keys, and add nothing to the values' widths.
@@ -192,6 +206,11 @@ def _node(
         version=1,
     )
     return found.reshape(1, tokens, heads, padded)[..., :values]
+
+
+def padded_width(*widths: int) -> int:
+    """How wide the operator takes a head to be."""
+    return -(-max(widths) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def _sight(mask_function: Callable[..., Any], limit: int) -> Sight | None:

@@ -6,7 +6,7 @@ An expert that is a SwiGLU has the graph of our own (`families/synapse/experts.p
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from evermind_manifests.manifest import DType
@@ -51,11 +51,11 @@ class ExpertKinds:
         return b.build()
 
     def _name(self, module: ExpertsModule, types: dict[str, DType], expert: Expert) -> str:
-        base, activation = (KIND, "silu") if module.swiglu else ("expert", "traced")
         number = 1
         while True:
-            name = base if number == 1 else f"{base}_{number}"
-            blueprint = _blueprint(name, activation, module, types, expert)
+            layout = kind_layout(module, types, number)
+            name = layout.kind
+            blueprint = expert_kind(layout, (module.width, module.width), expert)
             if self.blueprints.setdefault(name, blueprint) == blueprint:
                 self._arithmetic[name] = expert, module.width
                 return name
@@ -72,10 +72,10 @@ def _behaviour(module: Any, described: ExpertsModule) -> Hashable:
     return type(module), repr(module), repr(sorted(kept.items())), repr(described.tensors)
 
 
-def _blueprint(
-    name: str, activation: str, module: ExpertsModule, types: dict[str, DType], expert: Expert
-) -> KindBlueprint:
-    layout: ShardLayout = plan_shard(
+def kind_layout(module: ExpertsModule, types: Mapping[str, DType], number: int) -> ShardLayout:
+    """The shards of experts whose tensors are stored as `types`, the `number`th kind of such."""
+    base, activation = (KIND, "silu") if module.swiglu else ("expert", "traced")
+    name = base if number == 1 else f"{base}_{number}"
+    return plan_shard(
         name, activation, [(one, types[one], shape) for one, shape in module.tensors.items()]
     )
-    return expert_kind(layout, (module.width, module.width), expert)

@@ -49,35 +49,57 @@ def fetch_checkpoint(
     `NetworkError` where the hub cannot be reached, `OfflineError` where it may not be and the
     cache has not all, `CheckpointError` for what is no checkpoint.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError("huggingface_hub", "hf", "Fetching a model by its name") from error
-
-    def fetch(commit: str | None, patterns: list[str]) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model,
-                revision=commit,
-                allow_patterns=patterns,
-                library_name="evermind-pack",
-                tqdm_class=_bar_type(progress),
-            )
-        )
-
+    fetch = _fetcher(model, progress)
     with _as_our_errors(model, revision), _silent():
         folder = fetch(revision, [*DOCUMENTS, f"{TEMPLATES_FOLDER}/*.jinja", INDEX_NAME])
-        if not (folder / CONFIG_NAME).is_file():
-            raise CheckpointError(
-                f"{model}: expected a model with a {CONFIG_NAME}, found none",
-                hint="It may be of another library, or hold no model.",
-            )
+        _check_config(folder, model)
         listed = read_index(folder)
         names = [WEIGHTS_NAME] if listed is None else sorted(set(listed.values()))
         if not (folder / TOKENIZER_NAME).is_file():
             names += VOCABULARIES
         # By the commit found above: the branch may move meanwhile.
         return fetch(folder.name, [glob.escape(name) for name in names])
+
+
+def fetch_config(model: str, revision: str | None = None) -> Path:
+    """The model's `config.json` in the hub's cache, fetched where it is not, and nothing else.
+
+    Raises what `fetch_checkpoint` does.
+    """
+    fetch = _fetcher(model, None)
+    with _as_our_errors(model, revision), _silent():
+        folder = fetch(revision, [CONFIG_NAME])
+    _check_config(folder, model)
+    return folder / CONFIG_NAME
+
+
+def _fetcher(model: str, progress: Progress | None) -> Callable[[str | None, list[str]], Path]:
+    """What fetches a revision's files of some patterns, and gives the folder that has them."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", "hf", "Fetching a model by its name") from error
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=patterns,
+                library_name="evermind-pack",
+                tqdm_class=_bar_type(progress),
+            )
+        )
+
+    return fetch
+
+
+def _check_config(folder: Path, model: str) -> None:
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{model}: expected a model with a {CONFIG_NAME}, found none",
+            hint="It may be of another library, or hold no model.",
+        )
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import numpy as np
 from evermind_manifests.dtypes import tensor_bytes
-from evermind_manifests.errors import ConfigError, ExportError
+from evermind_manifests.errors import ExportError
 from evermind_manifests.manifest import (
     RESIDENT_NAME,
     SCHEMA,
@@ -48,13 +48,11 @@ from .quantized import open_checkpoint
 from .quiet import quiet
 from .reference import Reference, stored
 from .resident_file import resident_file, resident_reader
-from .skeleton import skeleton
+from .skeleton import looked_up, skeleton
 from .states import LOGITS, TOKENS
 from .text import read_text
 from .trace import empty_model, require_transformers, trace
-from .trunk import Trunk
-
-ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
+from .trunk import ImportDType, Trunk, wanted_dtype
 
 # Relative to the logits' largest magnitude, both sides in float32.
 TOLERANCE = 5e-5
@@ -118,8 +116,8 @@ def import_checkpoint(
     something else than transformers, cannot be written, or another import was cut off there.
     """
     options = options or ImportOptions()
-    wanted = _dtype("dtype", options.dtype)
-    trunk_wanted = _dtype("trunk", options.trunk or options.dtype)
+    wanted = wanted_dtype("dtype", options.dtype)
+    trunk_wanted = wanted_dtype("trunk", options.trunk or options.dtype)
     tell = stage or (lambda _: None)
     errors: list[float] = []
     require_transformers()
@@ -135,7 +133,7 @@ def import_checkpoint(
             stored_as = stored_dtypes(layers, checkpoint, wanted)
             kinds = ExpertKinds(empty, modules, stored_as)
             trunk = Trunk(empty, modules, checkpoint, trunk_wanted)
-            model = skeleton(empty, modules, trunk)
+            model = skeleton(empty, modules, trunk.name)
         kept = _resume(writer, checkpoint, options, tell, progress)
         _check_space(writer, kinds, modules, trunk)
         tell("tracing the model")
@@ -147,7 +145,8 @@ def import_checkpoint(
         del program
         if not any(spec.is_buffer for spec in cut.states.values()):
             tell("keeping caches as they are exported, which is slower: see docs/huggingface.md")
-        package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters)
+        unread = looked_up(model)
+        package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters, unread)
         tell("computing what transformers gives")
         reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
         count = _parity_tokens(text, package.vocabulary)
@@ -172,15 +171,6 @@ def import_checkpoint(
             package.manifest(), lambda folder: errors.append(parity_error(folder))
         )
         return ImportResult(digest, model.config.model_type, errors[0], tuple(package.notes))
-
-
-def _dtype(option: str, value: ImportDType) -> DType | None:
-    """What weights are to be stored as, or None to keep them. Raises `ConfigError`."""
-    if value not in get_args(ImportDType):
-        raise ConfigError(
-            f"{option}: expected one of {', '.join(get_args(ImportDType))}, found {value!r}"
-        )
-    return None if value == "keep" else value
 
 
 def _parity_tokens(config: Any, vocabulary: int) -> int:
@@ -238,7 +228,10 @@ def _check_space(
 
 
 class _Draft:
-    """A package without its shards: its files and its manifest."""
+    """A package without its shards: its files and its manifest.
+
+    `trunk` are the parameters no expert has, `looked_up` those of them a token reads a row of.
+    """
 
     def __init__(
         self,
@@ -248,6 +241,7 @@ class _Draft:
         kinds: ExpertKinds,
         cut: Cut,
         trunk: int,
+        looked_up: int,
     ) -> None:
         if len(cut.experts) != len(modules):
             raise ExportError(
@@ -259,6 +253,7 @@ class _Draft:
         self._modules = modules
         self._cut = cut
         self._trunk = trunk
+        self._active = trunk - looked_up
         self._experts = kinds
         self._top_k = [int(cut.values[node.ids].dims[1]) for node in cut.experts]
         self.layers = tuple(
@@ -300,7 +295,7 @@ class _Draft:
             config=config,
             parameters=Parameters(
                 total=self._trunk + sum(one.experts * one.scalars for one in modules),
-                active=self._trunk
+                active=self._active
                 + sum(k * one.scalars for k, one in zip(self._top_k, modules, strict=True)),
             ),
             files={},

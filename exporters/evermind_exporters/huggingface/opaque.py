@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .experts import ExpertsModule, chooser
 
@@ -21,14 +21,26 @@ DOMAIN, OPERATOR = "evermind", "Experts"
 _CUT = "evermind_cut"
 
 
+class _Place(NamedTuple):
+    """Which of the layers with experts this is, and where a run notes how many it chose."""
+
+    number: int
+    chosen: dict[int, int]
+
+
 @contextmanager
-def opaque_experts(model: Any, modules: list[ExpertsModule]) -> Iterator[None]:
-    """Meanwhile the experts of `model` are opaque nodes, with the attribute `layer`."""
+def opaque_experts(model: Any, modules: list[ExpertsModule]) -> Iterator[dict[int, int]]:
+    """Meanwhile the experts of `model` are opaque nodes, with the attribute `layer`.
+
+    Gives, after a run, by layer how many experts are chosen for a token.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(_CUT, _cut)
+    chosen: dict[int, int] = {}
     with ExitStack() as stack:
-        for layer, one in enumerate(modules):
+        for number, one in enumerate(modules):
+            layer = _Place(number, chosen)
             module = model.get_submodule(one.caller)
             if one.call == "marked":
                 module.evermind_layer = layer
@@ -40,7 +52,7 @@ def opaque_experts(model: Any, modules: list[ExpertsModule]) -> Iterator[None]:
                 stack.enter_context(_forward(router, sort.route))
                 stack.enter_context(_forward(module, sort.experts))
         stack.enter_context(experts_run_by(model, modules, _CUT))
-        yield
+        yield chosen
 
 
 @contextmanager
@@ -71,7 +83,7 @@ def _cut(self: Any, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> 
     return _node(self.evermind_layer, x, ids, gates)
 
 
-def _routed(layer: int, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def _routed(layer: _Place, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return _node(layer, x.reshape(-1, x.shape[-1]), ids, gates).view(x.shape)
 
 
@@ -82,7 +94,7 @@ class _Sorted:
     one expert, whichever that is for each.
     """
 
-    def __init__(self, layer: int, router: Callable[..., Any]) -> None:
+    def __init__(self, layer: _Place, router: Callable[..., Any]) -> None:
         self._layer = layer
         self._router = router
         self._ids: torch.Tensor | None = None
@@ -101,15 +113,16 @@ class _Sorted:
         return _node(self._layer, x, self._ids, torch.ones_like(self._ids, dtype=x.dtype))
 
 
-def _node(layer: int, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+def _node(layer: _Place, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if not torch.compiler.is_exporting():
-        return torch.zeros_like(x)  # the run that fills the sample's cache: only shapes matter
+    if not torch.compiler.is_exporting():  # a run of which only shapes matter
+        layer.chosen[layer.number] = ids.shape[-1]
+        return torch.zeros_like(x)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{OPERATOR}",
         (x, ids, gates),
-        attrs={"layer": layer},
+        attrs={"layer": layer.number},
         dtype=x.dtype,
         shape=x.shape,
         version=1,

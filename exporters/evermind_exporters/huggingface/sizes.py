@@ -1,33 +1,38 @@
 """What a package of a Hugging Face model would weigh, from its `config.json` alone.
 
-No weight is read or downloaded, and nothing of transformers is imported.
+No weight is read or downloaded. Where transformers is installed it tells what the model is made
+of, as it does for an import (`outline.py`); else the config's fields do (`architecture.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evermind_manifests.dtypes import ITEMSIZE
-from evermind_manifests.errors import ConfigError
-from evermind_runtime.layers import ExpertLayer
-from evermind_runtime.sizes import ModelSizes
+from evermind_manifests.errors import ConfigError, UnsupportedError
+from evermind_manifests.manifest import DType
+from evermind_manifests.shard import plan_shard
+from evermind_runtime.layers import ExpertLayer, slot_of
+from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, states_bytes
 
-from .architecture import Counts, count_parameters
+from ..resident import Stored, TensorFile
+from .architecture import MOST_LAYERS, Counts, count_parameters
+from .expert_kinds import kind_layout
 from .fields import Fields
 from .json_file import read_object
+from .trunk import ImportDType, trunk_dtype, wanted_dtype
 
-ExpertDType: TypeAlias = Literal["f16", "bf16", "f32"]
+if TYPE_CHECKING:
+    from .outline import Outline
 
 _MOST_BYTES = 4 * 2**20
-_ALIGNMENT = 64
-# A shard's head and its padding to a page.
-_SHARD_PAGE = 4096
-# The resident part and the state are float32.
+# The state is float32.
 _FLOAT = 4
-_DTYPES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
+_DTYPES: dict[str, DType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Bytes per weight of the formats checkpoints come in, their scales included.
 _MXFP4 = 4.25 / 8
 _FP8 = 1 + 4 / 128**2
@@ -48,6 +53,17 @@ class ConfigSizes:
     notes: tuple[str, ...]
 
 
+class _Kept(NamedTuple):
+    """What a package has a checkpoint's weights as if it keeps them.
+
+    `matrices` are those that a quantised checkpoint has codes for, beside the experts'.
+    """
+
+    experts: DType
+    matrices: DType
+    others: DType
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The object in a `config.json`.
 
@@ -57,102 +73,270 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(path, _MOST_BYTES, ConfigError)
 
 
+def model_sizes(
+    path: Path,
+    *,
+    dtype: ImportDType = "keep",
+    trunk: ImportDType | None = None,
+    context: int | None = None,
+) -> ConfigSizes:
+    """The model of the `config.json` at `path`, imported with these options.
+
+    `context` is as for `config_sizes`. Raises what `read_config` and `config_sizes` do.
+    """
+    config, where = read_config(path), str(path)
+    model = _Model(config, where, dtype, trunk, context)
+    try:
+        from .outline import outline
+
+        found = outline(path)
+    except ImportError:
+        counted = config_sizes(config, where, dtype=dtype, trunk=trunk, context=context)
+        why = "transformers is not installed ([hf]): counted by the config's fields"
+        return replace(counted, notes=(*counted.notes, why))
+    except UnsupportedError as refused:
+        try:
+            counted = config_sizes(config, where, dtype=dtype, trunk=trunk, context=context)
+        except ConfigError as error:
+            raise ConfigError(error.message, hint=refused.message) from refused
+        why = f"`import` refuses it ({refused.message}): counted by the config's fields"
+        return replace(counted, notes=(*counted.notes, why))
+    return model.outlined(found)
+
+
 def config_sizes(
     config: Mapping[str, Any],
     where: str = "config.json",
     *,
-    dtype: ExpertDType = "f16",
+    dtype: ImportDType = "keep",
+    trunk: ImportDType | None = None,
     context: int | None = None,
 ) -> ConfigSizes:
-    """Count a model whose experts are stored as `dtype`, for sequences of `context` tokens.
+    """Count a model by its config's fields alone, for sequences of `context` tokens.
 
     The context is by default 4,096 tokens, or what the model can take if that is less.
     Raises `ConfigError` for a config that is malformed, not of a Mixture of Experts, or of
     layers this cannot count.
     """
-    outer = Fields(config, where)
-    fields = outer
-    notes = []
-    if (inner := outer.within("text_config")) is not None:
-        fields = inner
-        notes.append("only the text model is counted, not what sees or hears")
-    counts = count_parameters(fields)
-    kind = fields.text("model_type") or outer.text("model_type") or "unknown"
-    if not counts.known:
-        notes.append(
-            f"model_type {kind!r} is not among those checked: norms and biases may differ "
-            "(well under 1 %)"
-        )
-    longest = fields.count("max_position_embeddings", default=4096, least=1)
-    tokens = context or min(4096, longest)
-    if tokens > longest:
-        raise ConfigError(
-            f"{where}: max_position_embeddings: the model takes at most {longest:,} tokens, "
-            f"found a context of {tokens:,}"
-        )
-    if outer.has("quantization_config"):
-        notes.append(f"the checkpoint's quantised experts are held as {dtype} in a package")
-    return ConfigSizes(
-        model_type=kind,
-        sizes=_package_sizes(counts, ITEMSIZE[dtype], tokens),
-        context=tokens,
-        checkpoint_bytes=_checkpoint_bytes(outer, fields, counts),
-        notes=tuple(notes),
-    )
+    return _Model(config, where, dtype, trunk, context).counted()
 
 
-def _package_sizes(counts: Counts, itemsize: int, context: int) -> ModelSizes:
+class _Model:
+    """A config, and what is to become of it."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        where: str,
+        dtype: ImportDType,
+        trunk: ImportDType | None,
+        context: int | None,
+    ) -> None:
+        """Raises `ConfigError` for what no model can be made of."""
+        self._outer = self._fields = Fields(config, where)
+        if (inner := self._outer.within("text_config")) is not None:
+            self._fields = inner
+        self._fields.count("num_hidden_layers", "n_layers", default=1, least=1, most=MOST_LAYERS)
+        self._wanted = wanted_dtype("dtype", dtype)
+        self._trunk_wanted = wanted_dtype("trunk", trunk or dtype)
+        self._notes: list[str] = []
+        self._kept = self._find_kept()
+        fields = self._fields
+        longest = fields.count(
+            "max_position_embeddings", "max_seq_len", default=DEFAULT_CONTEXT, least=1
+        )
+        self._context = context or min(DEFAULT_CONTEXT, longest)
+        if self._context > longest:
+            raise ConfigError(
+                f"{where}: max_position_embeddings: the model takes at most {longest:,} tokens, "
+                f"found a context of {self._context:,}"
+            )
+
+    def counted(self) -> ConfigSizes:
+        """By its fields."""
+        counts = count_parameters(self._fields)
+        notes = []
+        if self._fields is not self._outer:
+            notes.append("only the text model is counted, not what sees or hears")
+        if not counts.known:
+            notes.append(
+                f"model_type {self._kind!r} is not among those checked: norms and biases may "
+                "differ (well under 1 %)"
+            )
+        ends = counts.embedding + counts.head + counts.norm
+        matrices = counts.trunk - ends
+        sizes = _counted_sizes(counts, self._stored(), self._context)
+        return self._result(sizes, counts.experts, matrices, ends, notes)
+
+    def outlined(self, found: Outline) -> ConfigSizes:
+        """As transformers has it."""
+        trunk = {name: math.prod(shape) for name, shape in found.trunk.items()}
+        matrices = sum(trunk[name] for name in found.linear)
+        sizes = self._outlined_sizes(found, sum(trunk.values()))
+        others = sum(trunk.values()) - matrices
+        return self._result(sizes, sizes.expert_parameters, matrices, others, [])
+
+    @property
+    def _kind(self) -> str:
+        return self._fields.text("model_type") or self._outer.text("model_type") or "unknown"
+
+    def _stored(self) -> _Kept:
+        """What the package has weights as, whatever their size."""
+        kept = self._kept
+        return _Kept(
+            self._wanted or kept.experts,
+            self._trunk_wanted or kept.matrices,
+            self._trunk_wanted or kept.others,
+        )
+
+    def _outlined_sizes(self, found: Outline, trunk: int) -> ModelSizes:
+        kept = self._kept
+        kinds: list[Any] = []
+        sizes = []
+        for module in found.modules:
+            types = {
+                name: self._wanted or (kept.experts if len(shape) > 1 else kept.others)
+                for name, shape in module.tensors.items()
+            }
+            alike = [one for one in kinds if one[0] == module.swiglu]
+            kind = module.swiglu, module.tensors, types
+            number = alike.index(kind) if kind in alike else len(alike)
+            if number == len(alike):
+                kinds.append(kind)
+            sizes.append(kind_layout(module, types, number + 1).bytes)
+        slot = slot_of(max(sizes))
+        file = TensorFile(
+            {
+                name: Stored(
+                    trunk_dtype(
+                        kept.matrices if name in found.linear else kept.others,
+                        shape,
+                        self._trunk_wanted,
+                    ),
+                    shape,
+                )
+                for name, shape in found.trunk.items()
+            }
+        )
+        experts = sum(one.experts * one.scalars for one in found.modules)
+        routed = sum(k * one.scalars for k, one in zip(found.top_k, found.modules, strict=True))
+        active = trunk - found.looked_up
+        return ModelSizes(
+            layers=tuple(
+                ExpertLayer(layer=number, experts=module.experts, top_k=top_k, bytes=slot)
+                for number, (module, top_k) in enumerate(
+                    zip(found.modules, found.top_k, strict=True)
+                )
+            ),
+            resident_bytes=file.size,
+            active_resident_bytes=round(file.size * active / max(1, trunk)),
+            state_bytes=states_bytes(found.states, self._context),
+            total_parameters=trunk + experts,
+            active_parameters=active + routed,
+            expert_parameters=experts,
+            graph_runs=_graph_runs(len(found.modules)),
+        )
+
+    def _result(
+        self, sizes: ModelSizes, experts: int, matrices: int, others: int, notes: list[str]
+    ) -> ConfigSizes:
+        return ConfigSizes(
+            model_type=self._kind,
+            sizes=sizes,
+            context=self._context,
+            checkpoint_bytes=self._checkpoint_bytes(experts, matrices, others),
+            notes=(*notes, *self._notes),
+        )
+
+    @property
+    def _dtype(self) -> str:
+        name = self._fields.text("dtype", "torch_dtype") or self._outer.text("dtype", "torch_dtype")
+        return name.removeprefix("torch.")
+
+    @property
+    def _quantized(self) -> Fields | None:
+        name = "quantization_config"
+        return self._outer.within(name) or self._fields.within(name)
+
+    def _find_kept(self) -> _Kept:
+        name, quantized = self._dtype, self._quantized
+        plain = _DTYPES.get(name, "f32" if quantized is None else "bf16")
+        if not name and quantized is None and None in (self._wanted, self._trunk_wanted):
+            self._notes.append("the config does not say what weights are stored as: taken for f32")
+        if quantized is None:
+            return _Kept(plain, plain, plain)
+        method = quantized.text("quant_method")
+        if method == "mxfp4":
+            return _Kept("bf16", plain, plain)
+        if method in ("fp8", "mxfp8"):
+            # Powers of two times 4 bits fit bfloat16; those of a float32 factor do not.
+            short = method == "mxfp8" or quantized.values.get("scale_fmt") == "ue8m0"
+            made: DType = "bf16" if short else "f32"
+            if not short and self._wanted is None:
+                self._notes.append(
+                    "fp8 with float32 factors is held in float32, as nothing less keeps it; "
+                    "--dtype bf16 halves it"
+                )
+            return _Kept(made, made, plain)
+        self._notes.append(f"`import` reads no checkpoints quantised as {method[:40]!r}")
+        return _Kept(plain, plain, plain)
+
+    def _checkpoint_bytes(self, experts: int, matrices: int, others: int) -> int | None:
+        """About what the checkpoint weighs: by its dtype, and by how it is quantised."""
+        kept = _DTYPES.get(self._dtype)
+        plain = None if kept is None else ITEMSIZE[kept]
+        quantized = self._quantized
+        if quantized is None:
+            return None if plain is None else (experts + matrices + others) * plain
+        rest = plain or 2
+        method = quantized.text("quant_method")
+        if method == "mxfp4":
+            return round(experts * _MXFP4 + (matrices + others) * rest)
+        if method == "fp8":
+            return round((experts + matrices) * _FP8 + others * rest)
+        if method in ("gptq", "awq") and quantized.has("bits"):
+            group = quantized.values.get("group_size")
+            scales = 20 / group if isinstance(group, int) and group > 0 else 0.0
+            bits = quantized.count("bits", least=1) + scales
+            return round((experts + matrices) * bits / 8 + others * rest)
+        return None
+
+
+def _counted_sizes(counts: Counts, stored: _Kept, context: int) -> ModelSizes:
     layers = []
     for number, layer in enumerate(counts.layers):
         if layer.experts:
-            data = sum(size + -size % _ALIGNMENT for size in _times(layer.expert_tensors, itemsize))
+            tensors = [
+                (f"w{at}", stored.experts, (size,)) for at, size in enumerate(layer.expert_tensors)
+            ]
             layers.append(
                 ExpertLayer(
                     layer=number,
                     experts=layer.experts,
                     top_k=layer.top_k,
-                    bytes=data + -data % _SHARD_PAGE,
+                    bytes=slot_of(plan_shard("expert", "silu", tensors).bytes),
                 )
             )
-    routed = sum(layer.top_k * layer.expert for layer in counts.layers)
     state = sum(
         layer.kept_per_token * (min(layer.window, context) if layer.window else context)
         for layer in counts.layers
     )
+    ends = counts.embedding + counts.head + counts.norm
+    matrix, other = ITEMSIZE[stored.matrices], ITEMSIZE[stored.others]
+    resident = (counts.trunk - ends) * matrix + ends * other
+    unread = 0 if counts.tied else counts.embedding * other
     return ModelSizes(
         layers=tuple(layers),
-        resident_bytes=counts.trunk * _FLOAT,
-        active_resident_bytes=(counts.active - routed) * _FLOAT,
+        resident_bytes=resident,
+        active_resident_bytes=resident - unread,
         state_bytes=state * _FLOAT,
         total_parameters=counts.trunk + counts.experts,
         active_parameters=counts.active,
         expert_parameters=counts.experts,
-        graph_runs=len(layers) + 1,
+        graph_runs=_graph_runs(len(layers)),
     )
 
 
-def _times(counts: tuple[int, ...], itemsize: int) -> list[int]:
-    return [count * itemsize for count in counts]
-
-
-def _checkpoint_bytes(outer: Fields, fields: Fields, counts: Counts) -> int | None:
-    """About what the checkpoint weighs: by its dtype, and by how it is quantised."""
-    name = fields.text("dtype", "torch_dtype") or outer.text("dtype", "torch_dtype")
-    plain = _DTYPES.get(name.removeprefix("torch."))
-    quantised = outer.within("quantization_config") or fields.within("quantization_config")
-    if quantised is None:
-        return None if plain is None else round((counts.trunk + counts.experts) * plain)
-    rest = plain or 2.0
-    method = quantised.text("quant_method")
-    if method == "mxfp4":
-        return round(counts.experts * _MXFP4 + counts.trunk * rest)
-    # All matrices but the embedding and the head.
-    matrices = counts.experts + sum(layer.trunk for layer in counts.layers)
-    ends = (counts.embedding + counts.head + counts.norm) * rest
-    if method == "fp8":
-        return round(matrices * _FP8 + ends)
-    if method in ("gptq", "awq") and quantised.has("bits"):
-        group = quantised.values.get("group_size")
-        scales = 20 / group if isinstance(group, int) and group > 0 else 0.0
-        return round(matrices * (quantised.count("bits", least=1) + scales) / 8 + ends)
-    return None
+def _graph_runs(layers: int) -> int:
+    """For one token: the experts of each, and a segment before, between and after them."""
+    return 2 * layers + 1

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
-def skeleton(model: Any, modules: Sequence[ExpertsModule], trunk: Trunk) -> Any:
+def skeleton(model: Any, modules: Sequence[ExpertsModule], weight_of: Callable[[str], str]) -> Any:
     """`model`, from the meta device, with untouched memory for the trunk and none for experts.
 
-    What it computes from its configuration (rotations, for one) is computed. Raises
-    `UnsupportedError` for a buffer that is neither that nor in the checkpoint.
+    Parameters that `weight_of` calls the same share theirs. What the model computes from its
+    configuration (rotations, for one) is computed. Raises `UnsupportedError` for a buffer that is
+    neither that nor in the checkpoint.
     """
     import torch
 
@@ -43,7 +44,7 @@ def skeleton(model: Any, modules: Sequence[ExpertsModule], trunk: Trunk) -> Any:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for name in (name for name, one in module._parameters.items() if one is not None):
-            weight = trunk.name(prefix + name)
+            weight = weight_of(prefix + name)
             if weight not in made:
                 zeros = _untouched(tuple(module._parameters[name].shape))
                 made[weight] = torch.nn.Parameter(zeros, requires_grad=False)
@@ -66,6 +67,16 @@ def skeleton(model: Any, modules: Sequence[ExpertsModule], trunk: Trunk) -> Any:
                 f"{name}: transformers computes this buffer in a way that is not carried yet"
             )
     return model.eval()
+
+
+def looked_up(model: Any) -> int:
+    """The parameters of the embedding, of which a token reads a row; 0 if they serve elsewhere too.
+
+    `model` is a skeleton.
+    """
+    table = model.get_input_embeddings().weight
+    places = [one for _, one in model.named_parameters(remove_duplicate=False) if one is table]
+    return int(table.numel()) if len(places) == 1 else 0
 
 
 @contextmanager

@@ -5,7 +5,7 @@ transformers' graph takes token ids, positions and a cache; the plan has tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,27 @@ class PlanStates:
         return {"position_ids": (1, "T"), **each}
 
 
+def buffer_spec(heads: int, width: int, window: int, limit: int | None) -> StateSpec:
+    """The state that keeps keys, or values, of attention that is a node."""
+    most = {"window": window} if window else {"limit": limit or msgspec.UNSET}
+    return StateSpec(dtype="f32", shape=(1, heads, "C", width), length=_past(window), **most)
+
+
+def cache_spec(shape: Sequence[Any], grows: bool, limit: int | None) -> StateSpec:
+    """The state that keeps another cache tensor `(1, heads, C, width)`, or `(1, …)` if fixed."""
+    if not grows:
+        return StateSpec(dtype="f32", shape=tuple(map(int, shape[1:])))
+    rows = ("C", int(shape[1]), int(shape[3]))
+    return StateSpec(dtype="f32", shape=rows, limit=limit or msgspec.UNSET)
+
+
+def counter(specs: Iterable[StateSpec], limit: int | None) -> dict[str, StateSpec]:
+    """The state that counts tokens, where those that grow forget them; else none."""
+    if not all(spec.window for spec in specs if spec.grows):
+        return {}
+    return {POSITION: StateSpec(dtype="i64", shape=(1,), limit=limit or msgspec.UNSET)}
+
+
 def plan_states(
     inputs: Mapping[str, tuple[Any, ...]],
     outputs: Sequence[str],
@@ -77,15 +98,12 @@ def plan_states(
         )
     if not past:
         raise UnsupportedError("the exported graph has no cache")
-    most: int | msgspec.UnsetType = limit if limit else msgspec.UNSET
     specs: dict[str, StateSpec] = {}
     pairs, lengths = {}, []
     for node in nodes:
         if _is_attention(node):
             one = _options(node)
-            buffer = (1, one["kv_num_heads"], "C", one["width"])
-            keep: dict[str, Any] = {"window": one["window"]} if one["window"] else {"limit": most}
-            spec = StateSpec(dtype="f32", shape=buffer, length=_past(one["window"]), **keep)
+            spec = buffer_spec(one["kv_num_heads"], one["width"], one["window"], limit)
             specs |= {_keys(one): spec, _values(one): spec}
     for number, (before, after) in enumerate(zip(past, present, strict=True)):
         shape = inputs[before]
@@ -102,15 +120,10 @@ def plan_states(
             continue
         name = f"cache.{number}"
         pairs[name] = before, after
-        if grows:
-            rows = ("C", int(shape[1]), int(shape[3]))
-            specs[name] = StateSpec(dtype="f32", shape=rows, limit=most)
-        else:
-            specs[name] = StateSpec(dtype="f32", shape=tuple(map(int, shape[1:])))
+        specs[name] = cache_spec(shape, grows, limit)
     if not any(spec.grows for spec in specs.values()):
         raise UnsupportedError("the exported graph has no cache that grows with every token")
-    if all(spec.window for spec in specs.values() if spec.grows):
-        specs[POSITION] = StateSpec(dtype="i64", shape=(1,), limit=most)
+    specs |= counter(specs.values(), limit)
     return PlanStates(specs, pairs, tuple(lengths))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evermind_manifests.errors import MissingExtraError, UnsupportedError
+from evermind_manifests.manifest import StateSpec
 
 from . import attention
 from .experts import ExpertsModule
@@ -15,9 +16,17 @@ from .fixes import fixes
 from .opaque import opaque_experts
 from .quantized import QUANTIZATION
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
+from .states import buffer_spec, cache_spec, counter
 
 # Lengths of the sample a trace is made with; both vary in the graph.
 _PAST, _TOKENS = 5, 3
+
+
+class Sight(NamedTuple):
+    """For each layer with experts how many a token chooses; and the states of the plan."""
+
+    top_k: tuple[int, ...]
+    states: tuple[StateSpec, ...]
 
 
 def require_transformers() -> None:
@@ -33,6 +42,8 @@ def require_transformers() -> None:
 
 def empty_model(folder: Path) -> Any:
     """The model on the meta device: modules and shapes, no weights.
+
+    `folder` has a config.json, or is one.
 
     Raises `UnsupportedError` for a configuration that transformers does not know, or that
     brings code of its own.
@@ -67,22 +78,15 @@ def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> 
     from transformers import DynamicCache
     from transformers.exporters import exporter_onnx
 
-    tokens = {
-        "input_ids": torch.arange(_TOKENS)[None] % 7,
-        "position_ids": torch.arange(_PAST, _PAST + _TOKENS)[None],
-    }
+    tokens = _sample()
     cache = DynamicCache(config=model.config)
-    attention.keep_all(cache)
     with opaque_experts(model, modules), fixes(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(_as_inputs(weights))
         try:
-            plain = attention.survey(model, tokens)
-            # A run that fills a cache tells its shapes, whatever the attention is.
-            model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
+            plain = _fill(cache, model)
             if plain:
-                attention.keep_lengths(cache, _PAST)
                 stack.enter_context(attention.attention_nodes(model, plain))
-            varying = [axis for layer in cache.layers for axis in _cache_axes(layer)]
+            varying = [axis for layer in cache.layers for _, axis in _cache_tensors(layer)]
             vary = torch.export.Dim.AUTO
             shapes = {
                 "input_ids": {1: vary},
@@ -104,8 +108,70 @@ def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> 
             ) from error
 
 
-def _cache_axes(layer: Any) -> list[int | None]:
-    """For each tensor of a layer's cache the axis along which it grows."""
+def look(model: Any, modules: list[ExpertsModule], longest: int | None) -> Sight:
+    """What `trace` would find of experts and states, by running the model and no export.
+
+    `longest` is the longest context. Raises `UnsupportedError` for a model that transformers
+    cannot run so, or that keeps something else than is carried.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with opaque_experts(model, modules) as chosen, fixes(model), torch.no_grad():
+        try:
+            plain = _fill(cache, model) or {}
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnsupportedError(
+                f"{type(model).__name__}: transformers cannot run this model without its weights: "
+                f"{type(error).__name__}: {first[:300]}"
+            ) from error
+    buffers = [buffer_spec(one.heads, one.width, one.sight.window, longest) for one in plain.values()]
+    states = [*buffers, *buffers]  # keys and values
+    for layer in cache.layers:
+        if not hasattr(layer, attention.LENGTH):
+            states += [
+                cache_spec(tuple(tensor.shape), axis is not None, longest)
+                for tensor, axis in _cache_tensors(layer)
+            ]
+    states += counter(states, longest).values()
+    if len(chosen) != len(modules):
+        raise UnsupportedError(
+            f"{type(model).__name__}: expected {len(modules)} layers that choose experts, found "
+            f"{len(chosen)}"
+        )
+    return Sight(tuple(chosen[number] for number in range(len(modules))), tuple(states))
+
+
+def _sample() -> dict[str, Any]:
+    import torch
+
+    return {
+        "input_ids": torch.arange(_TOKENS)[None] % 7,
+        "position_ids": torch.arange(_PAST, _PAST + _TOKENS)[None],
+    }
+
+
+def _fill(cache: Any, model: Any) -> dict[int, attention.Plain] | None:
+    """Run the model on an empty `cache`, which then has its shapes, whatever attention it is.
+
+    Gives the layers whose attention is plain, if all is; their caches keep lengths alone.
+    """
+    import torch
+
+    attention.keep_all(cache)
+    plain = attention.survey(model, _sample())
+    model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
+    if plain:
+        attention.keep_lengths(cache, _PAST)
+    return plain
+
+
+def _cache_tensors(layer: Any) -> list[tuple[Any, int | None]]:
+    """The tensors of a layer's cache, and for each the axis along which it grows."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -116,7 +182,7 @@ def _cache_axes(layer: Any) -> list[int | None]:
         )
     grow = [getattr(layer, name, None) for name in ("keys", "values", attention.LENGTH)]
     tensors = [one for one in tree_leaves(list(vars(layer).values())) if torch.is_tensor(one)]
-    return [2 if any(one is other for other in grow) else None for one in tensors]
+    return [(one, 2 if any(one is other for other in grow) else None) for one in tensors]
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
-from evermind_manifests.errors import CheckpointError, ContentError, UnsupportedError
+from evermind_manifests.errors import CheckpointError, ConfigError, ContentError, UnsupportedError
 from evermind_manifests.manifest import DType
 
 from ..resident import Stored
@@ -27,9 +27,28 @@ from .experts import ExpertsModule
 if TYPE_CHECKING:
     import torch
 
+#: How an import is told to store weights.
+ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
+
 #: Values of the matrices that are worth keeping in half precision: fewer, and a graph that
 #: computes in float32 holds them in it anyway. Also how many are read at a time.
 LARGE = 512 * 1024
+
+
+def wanted_dtype(option: str, value: ImportDType) -> DType | None:
+    """What weights are to be stored as, or None to keep them. Raises `ConfigError`."""
+    if value not in get_args(ImportDType):
+        raise ConfigError(
+            f"{option}: expected one of {', '.join(get_args(ImportDType))}, found {value!r}"
+        )
+    return None if value == "keep" else value
+
+
+def trunk_dtype(kept: DType, shape: tuple[int, ...], wanted: DType | None) -> DType:
+    """What a weight in `kept` is stored as; see `Trunk` for what is wanted."""
+    if wanted is None or (wanted != "f32" and math.prod(shape) < LARGE):
+        return kept
+    return wanted
 
 
 class Converted(NamedTuple):
@@ -256,8 +275,7 @@ class Trunk:
                 f"{self._checkpoint.folder}: {place}: shape: expected {shape}, found {there}"
             )
         kept = found.pop()
-        rounds = dtype is not None and (dtype == "f32" or math.prod(shape) >= LARGE)
-        return _Weight(source, kept, dtype if rounds and dtype else kept, shape)
+        return _Weight(source, kept, trunk_dtype(kept, shape, dtype), shape)
 
     def _blocks(self, weight: str) -> Iterator[npt.NDArray[Any]]:
         """A weight's values as the checkpoint has them, in flat arrays."""
