@@ -35,10 +35,15 @@ def spare_rows(window: int) -> int:
     return max(FIRST_ROWS, window // 8)
 
 
+def window_rows(window: int) -> int:
+    """How many rows of a state with a window are held at most."""
+    return window - 1 + spare_rows(window)
+
+
 def most_rows(spec: StateSpec) -> int:
     """How many rows of a state that grows are held at most, however long the sequence is."""
     if spec.window:
-        return spec.window - 1 + spare_rows(spec.window)
+        return window_rows(spec.window)
     return spec.limit or sys.maxsize
 
 

@@ -206,7 +206,7 @@ def test_a_latent_cache_and_a_window_keep_less() -> None:
     # Held as keys and as values.
     assert lite.state_bytes == 27 * 2 * (512 + 64) * 1000 * 4
     oss = config_sizes({**GPT_OSS_20B, "max_position_embeddings": 131072}, context=1000).sizes
-    assert oss.state_bytes == 2 * 8 * 64 * 4 * (12 * 128 + 12 * 1000)
+    assert oss.state_bytes == 2 * 8 * 64 * 4 * (12 * (127 + 64) + 12 * 1000)
     qwen = config_sizes({**QWEN15, "use_sliding_window": False}, context=1000).sizes
     assert qwen.state_bytes == 2 * 16 * 128 * 4 * 24 * 1000
 

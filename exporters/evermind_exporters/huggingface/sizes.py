@@ -17,6 +17,7 @@ from evermind_manifests.errors import ConfigError, UnsupportedError
 from evermind_manifests.manifest import DType
 from evermind_manifests.shard import plan_shard
 from evermind_runtime.layers import ExpertLayer, slot_of
+from evermind_runtime.rows import window_rows
 from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, states_bytes
 
 from ..resident import Stored, TensorFile
@@ -318,7 +319,7 @@ def _counted_sizes(counts: Counts, stored: _Kept, context: int) -> ModelSizes:
                 )
             )
     state = sum(
-        layer.kept_per_token * (min(layer.window, context) if layer.window else context)
+        layer.kept_per_token * min(context, window_rows(layer.window) if layer.window else context)
         for layer in counts.layers
     )
     ends = counts.embedding + counts.head + counts.norm

@@ -22,7 +22,7 @@ from .states import buffer_spec, cache_spec, counter
 _PAST, _TOKENS = 5, 3
 
 
-class Sight(NamedTuple):
+class Seen(NamedTuple):
     """For each layer with experts how many a token chooses; and the states of the plan."""
 
     top_k: tuple[int, ...]
@@ -108,7 +108,7 @@ def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> 
             ) from error
 
 
-def look(model: Any, modules: list[ExpertsModule], longest: int | None) -> Sight:
+def look(model: Any, modules: list[ExpertsModule], longest: int | None) -> Seen:
     """What `trace` would find of experts and states, by running the model and no export.
 
     `longest` is the longest context. Raises `UnsupportedError` for a model that transformers
@@ -143,7 +143,7 @@ def look(model: Any, modules: list[ExpertsModule], longest: int | None) -> Sight
             f"{type(model).__name__}: expected {len(modules)} layers that choose experts, found "
             f"{len(chosen)}"
         )
-    return Sight(tuple(chosen[number] for number in range(len(modules))), tuple(states))
+    return Seen(tuple(chosen[number] for number in range(len(modules))), tuple(states))
 
 
 def _sample() -> dict[str, Any]:
