@@ -129,7 +129,9 @@ def look(model: Any, modules: list[ExpertsModule], longest: int | None) -> Seen:
                 f"{type(model).__name__}: transformers cannot run this model without its weights: "
                 f"{type(error).__name__}: {first[:300]}"
             ) from error
-    buffers = [buffer_spec(one.heads, one.width, one.sight.window, longest) for one in plain.values()]
+    buffers = [
+        buffer_spec(one.heads, one.width, one.sight.window, longest) for one in plain.values()
+    ]
     states = [*buffers, *buffers]  # keys and values
     for layer in cache.layers:
         if not hasattr(layer, attention.LENGTH):
