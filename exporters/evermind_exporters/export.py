@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -39,7 +39,9 @@ from .resident import pack_resident
 from .source import ModelSource
 
 # From here on a shard is handed to the writer tensor by tensor, not whole.
-_WHOLE_SHARD_BYTES = 16 * 1024 * 1024
+_WHOLE_SHARD_BYTES = 1 << 20
+# Parts go from thread to thread in batches of so many bytes at least.
+_BATCH_BYTES = 4 << 20
 
 Progress: TypeAlias = Callable[[int, int], None]
 #: A shard's (layer, expert), and all of its bytes or the next of them.
@@ -307,7 +309,7 @@ def write_shards(
 
     Shards that the writer has already are not among `parts`.
     """
-    ahead = one_ahead(parts)
+    ahead = one_ahead(_batches(parts))
     sizes = {layer.layer: kinds[layer.kind].layout.bytes for layer in layers}
     total = sum(layer.experts * sizes[layer.layer] for layer in layers)
     done = writer.shard_bytes
@@ -315,11 +317,28 @@ def write_shards(
         progress(done, total)
     # Closed at once, also when the disk is full: the thread must not outlive the export.
     with closing(ahead):
-        for (layer, expert), group in groupby(ahead, key=itemgetter(0)):
+        for (layer, expert), group in groupby(chain.from_iterable(ahead), key=itemgetter(0)):
             writer.stream_shard(layer, expert, (part for _, part in group), sizes[layer])
             done += sizes[layer]
             if progress:
                 progress(done, total)
+
+
+def _batches(parts: Iterator[ShardPart]) -> Iterator[list[ShardPart]]:
+    """`parts` in order. Each batch but the last has a large part or many small ones.
+
+    The padding between two tensors alone would be all that is made while the first is written.
+    """
+    batch: list[ShardPart] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += memoryview(part[1]).nbytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _shard_parts(

@@ -92,8 +92,12 @@ def pack_resident(
 ) -> tuple[bytes, dict[str, ExternalTensor]]:
     """The bytes of a file with these tensors, and where each lies in them."""
     file = TensorFile({name: Stored(_dtype(name, one), one.shape) for name, one in tensors.items()})
-    data = b"".join(file.parts(lambda name: iter([np.ascontiguousarray(tensors[name]).tobytes()])))
+    data = b"".join(file.parts(lambda name: iter([_bytes(tensors[name])])))
     return data, file.index
+
+
+def _bytes(array: npt.NDArray[Any]) -> Buffer:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _dtype(name: str, array: npt.NDArray[Any]) -> DType:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import FileIO
 from itertools import chain
+from mmap import mmap
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias
 
 import msgspec
 
@@ -32,12 +35,16 @@ from .manifest import (
     package_digest,
     parse_manifest,
 )
+from .output import Output
 from .paths import check_file_kind, check_path
 from .problems import raise_errors
 from .shard import Buffer, align, read_header
-from .staging import Staging, start_writeback, unfinished
+from .staging import Staging, unfinished
 from .structure import POOL_ALIGNMENT, check_structure
 from .zip_writer import write_zip
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 Layout: TypeAlias = Literal["files", "pool"]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -45,7 +52,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 POOL_BYTES: Final = 1 << 30
 # A writer that is killed loses at most so many bytes of shards.
 JOURNAL_BYTES: Final = 64 << 20
-_WRITEBACK_BYTES: Final = 1 << 20
 
 _ZIP_NAME = "package.zip"
 
@@ -74,10 +80,12 @@ class PackageWriter:
         self._layout = layout
         self._files: dict[str, FileEntry] = {}
         self._shards: dict[tuple[int, int], Shard] = {}
-        self._outputs: list[_Output] = []  # being written to
-        self._pool: _Output | None = None  # the one of them that takes the next shards
+        self._outputs: list[Output] = []  # being written to
+        self._pool: Output | None = None  # the one of them that takes the next shards
         self._pools = 0
         self._open = False
+        self._hashers = ThreadPoolExecutor(2)
+        self._spare: list[mmap] = []  # for outputs
         self._resumable = resumable
         self._journal: Journal | None = None
         self._unsynced: list[Shard] = []
@@ -152,26 +160,26 @@ class PackageWriter:
                 f"{where}: the shard is of layer {header.layer} expert {header.expert}"
             )
         output = self._shard_file(layer, expert, size)
-        begin, digest = output.position, hashlib.sha256()
+        begin = output.position
+        # A file of its own has the shard's digest: nothing is hashed twice.
+        alone = hashlib.sha256() if self._layout == "pool" else None
         for part in chain((first,), rest):
-            self._put(output, part)
-            if self._layout == "pool":
-                digest.update(part)
+            self._put(output, part, alone)
         if output.position - begin != size:
             raise ExportError(
                 f"{where}: expected {size:,} bytes, found {output.position - begin:,}"
             )
         if self._layout == "files":
-            # The file's own digest is the shard's: nothing is hashed twice.
-            digest = output.digest
             self._close(output)
+        else:
+            self._flush(output)
         shard = self._shards[layer, expert] = Shard(
             layer=layer,
             expert=expert,
             file=output.path,
             offset=begin,
             bytes=size,
-            sha256=digest.hexdigest(),
+            sha256=alone.hexdigest() if alone else output.entry.sha256,
         )
         if self._journal is not None:
             self._unsynced.append(shard)
@@ -219,10 +227,10 @@ class PackageWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._hashers.shutdown()
         for output in self._outputs:
-            # Closing flushes, and fails again where writing did.
             with suppress(OSError):
-                output.file.close()
+                output.close()
         if self._open:
             self._open = False
             if error is not None and self._resumable and self._left_to_resume(error):
@@ -300,43 +308,47 @@ class PackageWriter:
         self._put(output, data)
         self._close(output)
 
-    def _open_output(self, path: str) -> _Output:
+    def _open_output(self, path: str) -> Output:
         if path in self._files:
             raise ExportError(f"{path}: was added twice")
         with self._staging.disk(0):
-            output = _Output(path, self._create(path))
+            output = Output(path, self._create(path), self._hashers, self._spare)
         self._outputs.append(output)
         return output
 
-    def _put(self, output: _Output, data: Buffer) -> None:
+    def _put(self, output: Output, data: Buffer, alone: _Hash | None = None) -> None:
         with self._staging.disk(memoryview(data).nbytes):
-            output.write(data)
+            output.write(data, alone)
 
-    def _cut(self, output: _Output) -> None:
+    def _flush(self, output: Output) -> None:
+        self._staging.written -= output.held
+        with self._staging.disk(output.held):
+            output.flush()
+
+    def _cut(self, output: Output) -> None:
         """Drop what another writer put after the shards that are taken over."""
         with self._staging.disk(0):
-            output.file.truncate(output.position)
+            output.cut()
 
-    def _close(self, output: _Output) -> None:
+    def _close(self, output: Output) -> None:
         if self._reopening:
             self._cut(output)
+        self._flush(output)
         with self._staging.disk(0):
-            output.file.close()
-        self._files[output.path] = FileEntry(
-            bytes=output.position, sha256=output.digest.hexdigest()
-        )
+            output.close()
+        self._files[output.path] = output.entry
         self._outputs.remove(output)
 
-    def _create(self, path: str) -> BinaryIO:
+    def _create(self, path: str) -> FileIO:
         assert self._open, "PackageWriter is used in a `with` statement, and finished once"
         target = self._staging.folder / path
         if self._reopening:
             fd = os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            return open(fd, "r+b")
+            return open(fd, "r+b", buffering=0)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return target.open("xb")
+        return target.open("xb", buffering=0)
 
-    def _shard_file(self, layer: int, expert: int, size: int) -> _Output:
+    def _shard_file(self, layer: int, expert: int, size: int) -> Output:
         """Where the next shard goes: a file of its own, the current pool, or a new one."""
         if self._layout == "files":
             return self._open_output(f"experts/l{layer:03d}/e{expert:04d}.moe0")
@@ -360,39 +372,3 @@ class PackageWriter:
                 write_zip(staging.folder, names, content)
         staging.publish(content)
         self._open = False
-
-
-class _Output:
-    """A file being written; flushed at each part, so that a full disk shows there."""
-
-    def __init__(self, path: str, file: BinaryIO) -> None:
-        self.path = path
-        self.file = file
-        self.position = 0
-        self.digest = hashlib.sha256()
-        self._written_back = 0
-
-    def write(self, data: Buffer) -> None:
-        self.file.write(data)
-        self.file.flush()
-        self.digest.update(data)
-        self.position += memoryview(data).nbytes
-        if self.position - self._written_back >= _WRITEBACK_BYTES:
-            start_writeback(self.file.fileno())
-            self._written_back = self.position
-
-    def take(self, shard: Shard) -> bool:
-        """Pass over a shard that is in the file already; False if it is not the one described."""
-        both, alone = self.digest.copy(), hashlib.sha256()
-        self.file.seek(self.position)
-        left = shard.bytes
-        while left and (block := self.file.read(min(left, _WRITEBACK_BYTES))):
-            both.update(block)
-            alone.update(block)
-            left -= len(block)
-        if left or alone.hexdigest() != shard.sha256:
-            self.file.seek(self.position)
-            return False
-        self.digest = both
-        self.position = self._written_back = self.position + shard.bytes
-        return True

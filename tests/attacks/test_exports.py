@@ -129,7 +129,7 @@ def test_a_full_disk(
         if layout == "pool" and count > 7:
             # By then only the pool is written to, and it is open already.
             patched.undo()
-            patched.setattr("evermind_manifests.writer._Output.write", full_after(0, print))
+            patched.setattr("evermind_manifests.output.Output.write", full_after(0, print))
         with pytest.raises(ExportError) as caught:
             write_tiny(tmp_path / name, layout=layout, overwrite=existing)
     message = str(caught.value)

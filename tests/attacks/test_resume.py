@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 from evermind_manifests import PackageWriter
+from evermind_manifests import output as output_module
 from evermind_manifests import writer as writer_module
 from evermind_manifests.errors import (
     ConfigError,
@@ -144,7 +145,7 @@ def test_a_full_disk_keeps_what_is_there(
     def full(layer: int, expert: int) -> bytes:
         if (layer, expert) == (1, 0):
             monkeypatch.setattr(
-                writer_module._Output, "write", lambda *_: (_ for _ in ()).throw(no_space)
+                output_module.Output, "write", lambda *_: (_ for _ in ()).throw(no_space)
             )
         return tiny_shard(layer, expert)
 
@@ -345,7 +346,7 @@ def killed_at(event: int, action: Callable[[], Any]) -> bool:
             os.fsync = counting(os.fsync)
             for name in ("unlink", "rename", "replace"):
                 setattr(Path, name, counting(getattr(Path, name)))
-            writer_module._Output.write = counting(writer_module._Output.write)  # type: ignore[method-assign]
+            output_module.Output.write = counting(output_module.Output.write)  # type: ignore[method-assign]
             action()
             os._exit(0)
         os._exit(1)
