@@ -63,6 +63,11 @@ class Subject:
     notes: tuple[str, ...] = ()
     unless: str | None = None
 
+    @property
+    def package_bytes(self) -> int:
+        """About what its package takes on a disk."""
+        return self.sizes.resident_bytes + self.sizes.all_expert_bytes
+
     def measure(self, threads: int | None = None) -> Machine:
         """This machine's figures, measured over the model's own files where it has some."""
         sizes = self.sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ def _as_json(
         "source": subject.source,
         "sizes": subject.sizes.to_dict(),
         "checkpoint_bytes": subject.checkpoint_bytes,
+        "package_bytes": subject.package_bytes,
         "notes": list(subject.notes),
         "machine": machine.to_dict(),
         "memory": memory,
@@ -305,6 +307,13 @@ def model_rows(subject: Subject) -> dict[str, str]:
     }
     if subject.checkpoint_bytes is not None:
         rows["checkpoint"] = f"about {human_bytes(subject.checkpoint_bytes)} to download"
+    if subject.manifest is None:
+        free = shutil.disk_usage(subject.folder).free
+        short = "" if free > subject.package_bytes else ": the disk is too full to import it"
+        rows["package"] = (
+            f"about {human_bytes(subject.package_bytes)} on the disk, which has "
+            f"{human_bytes(free)} free{short}"
+        )
     return rows
 
 

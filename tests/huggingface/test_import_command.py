@@ -298,7 +298,28 @@ def test_a_disk_that_is_too_small_is_told_at_once(
     assert found is not None
     needed, free = (int(one.replace(",", "")) for one in found.groups())
     assert free == weights < needed
+    files = [path.stat().st_size for path in done.package.rglob("*") if path.is_file()]
+    assert needed >= sum(files) * times
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_disk_must_take_what_is_kept_for_the_way_back(
+    checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needed(source: Path) -> int:
+        code, _, err = call(capsys, "import", source, "-o", tmp_path / "p")
+        found = re.search(r"full: ([\d,]+) bytes are needed", err)
+        assert found is not None
+        assert (code, tmp_path / "p" in tmp_path.iterdir()) == (1, False)
+        assert ("source.safetensors keeps" in err) == (source != checkpoint)
+        return int(found[1].replace(",", ""))
+
+    larger = tmp_path / "larger"
+    shutil.copytree(checkpoint, larger)
+    file = larger / "model.safetensors"
+    save_file({**load_file(file), "model.unused": np.ones((300, 1000), np.float32)}, file)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    assert needed(larger) == needed(checkpoint) + 300 * 1000 * 4
 
 
 def test_mistakes_of_usage(checkpoint: Path, done: Run, tmp_path: Path, capsys: Any) -> None:

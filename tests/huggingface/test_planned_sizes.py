@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,3 +137,19 @@ def test_a_name_on_a_hub_needs_its_config_alone(
     assert result["machine"]["disk_where"] == f"a temporary file in {tmp_path}"
     code, _, err = call(capsys, "plan", tmp_path, "--revision", "v2")
     assert (code, "has no revisions" in err) == (2, True)
+
+
+def test_a_disk_too_full_for_the_package_is_told(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path)
+    sizes = model_sizes(tmp_path / "config.json").sizes
+    needed = sizes.resident_bytes + sizes.all_expert_bytes
+    for free, full in ((needed - 1, True), (10 * needed, False)):
+        given = shutil._ntuple_diskusage(0, 0, free)
+        monkeypatch.setattr(
+            "evermind_pack.cli.plan.shutil.disk_usage", lambda _, given=given: given
+        )
+        _, out, _ = call(capsys, "plan", tmp_path, "--memory", "4GiB")
+        (row,) = (line for line in out.splitlines() if line.startswith("package "))
+        assert ("too full to import it" in row) == full

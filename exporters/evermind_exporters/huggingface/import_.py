@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from evermind_manifests.dtypes import tensor_bytes
 from evermind_manifests.errors import ExportError
 from evermind_manifests.manifest import (
     RESIDENT_NAME,
@@ -42,12 +40,13 @@ from .expert_kinds import ExpertKinds
 from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
 from .guesses import guess_ids, guess_x
-from .origin import kept_file, kept_notes, kept_reader, source_map
+from .origin import kept_file, kept_notes, kept_reader, kept_tensors, source_map
 from .proof import parity_error
 from .quantized import open_checkpoint
 from .quiet import quiet
 from .reference import Reference, stored
 from .resident_file import resident_file, resident_reader
+from .room import check_room, package_parts
 from .skeleton import looked_up, skeleton
 from .states import LOGITS, TOKENS
 from .text import read_text
@@ -135,11 +134,14 @@ def import_checkpoint(
             trunk = Trunk(empty, modules, checkpoint, trunk_wanted)
             model = skeleton(empty, modules, trunk.name)
         kept = _resume(writer, checkpoint, options, tell, progress)
-        _check_space(writer, kinds, modules, trunk)
+        text = model.config.get_text_config()
+        places = trunk.places()
+        left = kept_tensors(checkpoint, places, layers)
+        parts = package_parts(kinds, modules, trunk.weights, left, _parity_logits(text))
+        check_room(writer.destination, parts, writer.shard_bytes)
         tell("tracing the model")
         with quiet():
             program = trace(model, modules, trunk.names)
-        text = model.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None)
         cut = cut_graph(program, trunk, limit)
         del program
@@ -154,7 +156,7 @@ def import_checkpoint(
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         made = made_files(folder, package.text.files)
-        places = trunk.places(cut.weights)
+        places = {name: found for name, found in places.items() if {*found} <= cut.weights.keys()}
         source = source_map(checkpoint, places, package.layers, layers, made)
         package.notes += kept_notes(source)
         added = {**package.files, PARITY_NAME: case, SOURCE_NAME: encode_source(source)}
@@ -164,8 +166,8 @@ def import_checkpoint(
         if source.kept is not None:
             writer.stream_file(source.kept, kept_file(source).parts(kept_reader(checkpoint)))
         tell("writing experts")
-        parts = _shard_parts(kinds, layers, checkpoint, kept)
-        write_shards(writer, parts, package.layers, kinds.blueprints, progress)
+        shards = _shard_parts(kinds, layers, checkpoint, kept)
+        write_shards(writer, shards, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
         digest = writer.finish(
             package.manifest(), lambda folder: errors.append(parity_error(folder))
@@ -187,6 +189,12 @@ def _parity_tokens(config: Any, vocabulary: int) -> int:
     return min(max([_PARITY_TOKENS, *fit]), limit)
 
 
+def _parity_logits(config: Any) -> int:
+    """How many logits the case will have, by the vocabulary that the configuration names."""
+    vocabulary = getattr(config, "vocab_size", None) or 0
+    return vocabulary * _parity_tokens(config, vocabulary) if vocabulary else 0
+
+
 def _resume(
     writer: PackageWriter,
     checkpoint: Checkpoint,
@@ -206,25 +214,6 @@ def _resume(
         "transformers": metadata.version("transformers"),
     }
     return writer.resume(key, restart=options.restart, progress=progress)
-
-
-def _check_space(
-    writer: PackageWriter, kinds: ExpertKinds, modules: Sequence[ExpertsModule], trunk: Trunk
-) -> None:
-    """Raise `ExportError` now where the disk could not take the weights in the end."""
-    layouts = [kinds.blueprints[kind].layout for kind in kinds.of]
-    needed = sum(one.experts * layout.bytes for one, layout in zip(modules, layouts, strict=True))
-    needed += sum(tensor_bytes(one.dtype, one.shape) for one in trunk.weights.values())
-    if writer.destination.suffix == ".zip":
-        needed *= 2  # the files, and then one file of them all
-    needed -= writer.shard_bytes
-    free = shutil.disk_usage(writer.destination.parent).free
-    if needed > free:
-        raise ExportError(
-            f"{writer.destination}: the disk is too full: {needed:,} bytes are needed, {free:,} "
-            "are free",
-            hint="Free some space, or choose another disk.",
-        )
 
 
 class _Draft:

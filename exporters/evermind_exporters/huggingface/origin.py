@@ -28,6 +28,25 @@ from .expert_map import ExpertRows
 from .trunk import LARGE
 
 
+def kept_tensors(
+    checkpoint: Checkpoint,
+    places: Mapping[str, tuple[str, ...]],
+    experts: Sequence[Sequence[ExpertRows]],
+) -> dict[str, Stored]:
+    """What of a checkpoint is in no shard and not resident, and so is kept for the way back.
+
+    Not quantized weights: their numbers are in the package, their codes and scales are not.
+    """
+    placed = {rows.name for layer in experts for held in layer for rows in held.values()}
+    whole = set(checkpoint.names) - placed - places.keys()
+    return {
+        name: Stored(spec.dtype, spec.shape)
+        for _, header in checkpoint.headers()
+        for name, spec in header.tensors.items()
+        if name in whole and not spec.foreign
+    }
+
+
 def source_map(
     checkpoint: Checkpoint,
     places: Mapping[str, tuple[str, ...]],
@@ -37,10 +56,8 @@ def source_map(
 ) -> SourceMap:
     """The map; `places` are the resident tensors that have a checkpoint's (`Trunk.places`),
     `made` what files are not the checkpoint's (`made_files`).
-
-    What is in no shard and not resident is kept, but for quantized weights: their numbers are in
-    the package, their codes and scales are not.
     """
+    kept = kept_tensors(checkpoint, places, experts)
     parts: defaultdict[str, list[ShardPart]] = defaultdict(list)
     for layer, rows_of in zip(layers, experts, strict=True):
         for expert, held in enumerate(rows_of):
@@ -62,15 +79,13 @@ def source_map(
         files[file] = SourceFile(tensors=tuple(header.tensors), metadata=header.metadata)
         for name, spec in header.tensors.items():
             lost = bool(spec.foreign) or name not in whole
-            there = name in places or name in parts
             tensors[name] = SourceTensor(
                 dtype=spec.dtype,
                 shape=spec.shape,
                 resident=() if lost else places.get(name, ()),
                 shards=() if lost else tuple(parts.get(name, ())),
-                kept=not lost and not there,
+                kept=name in kept,
             )
-    kept = any(one.kept for one in tensors.values())
     return SourceMap(
         format=SOURCE_FORMAT,
         files=files,

@@ -165,8 +165,8 @@ class Trunk:
             found = dtypes.encode(_decode(found, one.found), one.stored)
         return _decode(found, one.stored).reshape(end - begin, width)
 
-    def places(self, used: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-        """Checkpoint tensor → the weights of `used` that, one after another, have its bits.
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Checkpoint tensor → the weights that, one after another, have its bits.
 
         Tensors that became no weight, or one with its values in another order, are left out.
         """
@@ -184,9 +184,7 @@ class Trunk:
         for tensors, names in made.items():
             if len(tensors) == 1 and self._follow(tensors[0], names):
                 found[tensors[0]] = tuple(names)
-        return {
-            tensor: names for tensor, names in found.items() if all(one in used for one in names)
-        }
+        return found
 
     def _follow(self, tensor: str, names: Sequence[str]) -> bool:
         """Whether these weights, one after another, are that tensor."""
