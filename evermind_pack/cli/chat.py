@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evermind_manifests.errors import EvermindPackError, InputError
-from evermind_manifests.location import read_head
+from evermind_manifests.json_file import read_json
 from evermind_runtime import Chat, Model
 
 from .generated import Generated, follow, interruptible
@@ -85,15 +84,7 @@ def _begin(args: argparse.Namespace) -> Conversation:
 
 
 def _read(path: Path) -> Conversation:
-    data = read_head(path, _MAX_FILE_BYTES + 1)
-    if data is None:
-        raise InputError(f"{path}: expected a file of messages, found a folder")
-    if len(data) > _MAX_FILE_BYTES:
-        raise InputError(f"{path}: expected at most {_MAX_FILE_BYTES:,} bytes")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+    found = read_json(path, _MAX_FILE_BYTES, InputError)
     said = found if isinstance(found, dict) else {"messages": found}
     kinds: dict[str, type] = {"messages": list, "tools": list, "variables": dict}
     for name, value in said.items():

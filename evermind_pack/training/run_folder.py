@@ -28,6 +28,7 @@ from evermind_manifests.errors import (
     LocationError,
     MissingFileError,
 )
+from evermind_manifests.json_file import read_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -51,6 +52,7 @@ AnyTrainer = Trainer[Any, Any, Any]
 
 _CHECKPOINT = "checkpoint-"
 _TEMPORARY = ".writing-"
+_MOST_JSON_BYTES = 64 * 1024 * 1024
 
 _TRAINERS: dict[str, tuple[type[AnyTrainer], type[OptimizerOptions]]] = {
     "shared-expert-moe": (MoeTrainer, MoeTrainerOptions),
@@ -255,12 +257,9 @@ def require_resumable(trainer: AnyTrainer) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+        return read_object(path, _MOST_JSON_BYTES, CheckpointError)
+    except LocationError as error:
+        raise CheckpointError(error.message, hint=error.hint) from error
 
 
 def _step_of(line: bytes) -> float:

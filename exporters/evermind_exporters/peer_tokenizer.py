@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from evermind_manifests.errors import CheckpointError, LocationError
+from evermind_manifests.json_file import read_object
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 VOCAB_NAME: Final = "vocab.json"
@@ -44,13 +45,16 @@ def read_peer_tokenizer(path: Path) -> bytes:
     """
     file = path / TOKENIZER_NAME if path.is_dir() else path
     if file.is_file():
-        model = _read_json(file).get("model", {})
+        model = read_object(file, _MAX_BYTES, CheckpointError).get("model", {})
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
             raise CheckpointError(f"{file}: model.merges: expected a list of merges")
         vocab, merges = model.get("vocab"), model["merges"]
     elif (path / VOCAB_NAME).is_file():
         file = path / VOCAB_NAME
-        vocab, merges = _read_json(file), _merge_lines(path / MERGES_NAME)
+        vocab, merges = (
+            read_object(file, _MAX_BYTES, CheckpointError),
+            _merge_lines(path / MERGES_NAME),
+        )
     else:
         raise LocationError(
             f"{path}: expected {TOKENIZER_NAME}, or {VOCAB_NAME} with {MERGES_NAME}"
@@ -152,17 +156,6 @@ def _checked(vocab: Any, where: str) -> dict[str, int]:
     if len(set(vocab.values())) != len(vocab):
         raise CheckpointError(f"{where}: vocabulary: two tokens have the same id")
     return vocab
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_bytes(path))
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _read_bytes(path: Path) -> bytes:

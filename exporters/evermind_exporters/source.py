@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evermind_manifests.errors import CheckpointError, ConfigError
+from evermind_manifests.json_file import read_object
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import Card
 
@@ -264,12 +265,4 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path}: the model's configuration is not there",
             hint=f"A .safetensors file needs its {CONFIG_NAME} beside it.",
         )
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than the {_MAX_JSON_BYTES:,} bytes it may have")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(path, _MAX_JSON_BYTES, CheckpointError)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from evermind_manifests.dtypes import ITEMSIZE, STORAGE
 from evermind_manifests.errors import CheckpointError, IntegrityError
+from evermind_manifests.json_file import read_object
 from evermind_manifests.manifest import DType
 from evermind_manifests.safetensors_header import (
     PREFIX_BYTES,
@@ -26,7 +27,6 @@ from evermind_manifests.safetensors_header import (
 )
 
 from ..checkpoints.disk_file import DiskFile
-from .json_file import read_object
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

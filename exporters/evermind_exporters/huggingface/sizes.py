@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evermind_manifests.dtypes import ITEMSIZE
 from evermind_manifests.errors import ConfigError, UnsupportedError
+from evermind_manifests.json_file import read_object
 from evermind_manifests.manifest import DType
 from evermind_manifests.shard import plan_shard
 from evermind_runtime.layers import ExpertLayer, slot_of
@@ -24,7 +25,6 @@ from ..resident import Stored, TensorFile
 from .architecture import MOST_LAYERS, Counts, count_parameters
 from .expert_kinds import kind_layout
 from .fields import Fields
-from .json_file import read_object
 from .trunk import ImportDType, trunk_dtype, wanted_dtype
 
 if TYPE_CHECKING:
