@@ -3,8 +3,8 @@
     python -m benchmarks [NAME …] [--quick] [--json FILE]
 
 About a quarter of an hour on a quiet machine with 2 cores; two minutes are the npm peer's, six
-those of `huggingface`. `--quick`
-runs each for seconds to see that it works, and writes nothing.
+those of `huggingface`. `--quick` runs each for seconds to see that it works, and writes nothing.
+Memory limits are enforced where `memory_limit.py` is told how.
 """
 
 from __future__ import annotations

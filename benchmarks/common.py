@@ -18,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from evermind_runtime.machine import page_cache
 
 Cell: TypeAlias = str | int | float | None
 Seconds: TypeAlias = dict[str, list[float]]
@@ -83,10 +84,18 @@ def report_of(data: Mapping[str, Any]) -> Report:
     return Report(tables, [Target(**target) for target in data["targets"]])
 
 
-def fresh(function: Callable[..., Any], /, *, threads: int | None = None, **arguments: Any) -> Any:
+def fresh(
+    function: Callable[..., Any],
+    /,
+    *,
+    threads: int | None = None,
+    begun: Callable[[int], None] | None = None,
+    **arguments: Any,
+) -> Any:
     """What a benchmark's function returns (as JSON) when a new process calls it.
 
-    `threads` bounds what numpy may use there; ONNX Runtime's threads are the function's.
+    `threads` bounds what numpy may use there; ONNX Runtime's threads are the function's. `begun`
+    hears the process's id when it starts.
     """
     program = (
         f"import json, sys; from {_module(function)} import {function.__name__} as call; "
@@ -97,10 +106,15 @@ def fresh(function: Callable[..., Any], /, *, threads: int | None = None, **argu
         arguments["threads"] = threads
         environment |= {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
     command = [sys.executable, "-c", program, json.dumps(arguments, default=str)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        if begun:
+            begun(process.pid)
+        output, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return json.loads(output.splitlines()[-1])
 
 
 def interleaved(
@@ -136,6 +150,15 @@ def peak_bytes() -> int:
 def resident_bytes() -> int:
     """The memory this process holds now (VmRSS)."""
     return _status("VmRSS:")
+
+
+def cached_bytes(paths: Iterable[Path]) -> int:
+    """What the page cache has of these files."""
+    total = 0
+    for path in paths:
+        with path.open("rb") as file:
+            total += page_cache.cached_bytes(file.fileno(), 0, path.stat().st_size) or 0
+    return total
 
 
 def folder_bytes(folder: Path) -> int:

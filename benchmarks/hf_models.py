@@ -107,22 +107,6 @@ def write_gguf(folder: str, file: str, dims: dict[str, int]) -> None:
     writer.close()
 
 
-def expert_ranges(file: str) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Layer and expert → where its parts are in a GGUF file: (offset, bytes) of each."""
-    import gguf
-
-    ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for tensor in gguf.GGUFReader(file).tensors:
-        if "_exps." not in tensor.name:
-            continue
-        layer, count = int(tensor.name.split(".")[1]), int(tensor.shape[-1])
-        size = int(tensor.n_bytes) // count
-        for expert in range(count):
-            part = int(tensor.data_offset) + expert * size, size
-            ranges.setdefault((layer, expert), []).append(part)
-    return ranges
-
-
 def _gguf_tensors(
     found: _Tensors, dims: dict[str, int]
 ) -> Iterator[tuple[str, np.ndarray[Any, DType]]]:

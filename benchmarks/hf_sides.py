@@ -7,7 +7,6 @@ last token, from an empty context on after `begin()`. `timed` is what a benchmar
 from __future__ import annotations
 
 import ctypes
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -17,13 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .common import resident_bytes
-from .hf_models import expert_ranges
-from .memory_limit import MappedWeights, ReadFiles, enforced, mapped_bytes
+from .common import cached_bytes, resident_bytes
 
 Array = np.ndarray[Any, Any]
-#: Layer and expert.
-Expert = Sequence[int]
 
 INSTALL = {
     "llama_cpp": "pip install llama-cpp-python==0.3.36 (a C++ compiler, and some minutes)",
@@ -56,8 +51,8 @@ class Side:
         """Logits `(V,)` after one more."""
         raise NotImplementedError
 
-    def take_back(self) -> int:
-        """Drop from memory what weights are beyond the limit; what there was, if known."""
+    def files(self) -> Sequence[Path]:
+        """Where its weights are read from."""
         raise NotImplementedError
 
     def logits(self, prompt: list[int], forced: list[int], file: str) -> dict[str, float]:
@@ -73,25 +68,16 @@ class Side:
         np.save(file, np.stack(rows).astype(np.float32))
         return {"opening": self.opening, "first": first}
 
-    def hold(self, limit: int) -> None:
-        """From now on have no more than `limit` bytes of weights in memory."""
-        self._held = enforced(limit, self.take_back)
-        self._held.__enter__()
+    def timed(self, prompt: list[int], forced: list[int]) -> dict[str, float]:
+        """Seconds of a prompt and of decoding `forced` after it, and bytes held afterwards.
 
-    def will_use(self, experts: Sequence[Expert]) -> None:
-        """What the next token is routed to, for one who takes back what is not in use."""
-
-    def timed(
-        self, prompt: list[int], forced: list[int], routes: list[list[Expert]] | None = None
-    ) -> dict[str, float]:
-        """Seconds of a prompt and of decoding `forced` after it, and bytes held afterwards."""
+        `cached` is what the page cache has of its files.
+        """
         self.begin()
         started = time.perf_counter()
         self.prefill(prompt)
         prefilled = time.perf_counter()
-        for at, token in enumerate(forced):
-            if routes is not None:
-                self.will_use(routes[at])
+        for token in forced:
             self.decode(token)
         return {
             "prefill": prefilled - started,
@@ -99,6 +85,7 @@ class Side:
             "decode": time.perf_counter() - prefilled,
             "decode tokens": len(forced),
             "resident": resident_bytes(),
+            "cached": cached_bytes(self.files()),
         }
 
 
@@ -124,8 +111,7 @@ class Ours(Side):
         self.model = em.load(package, threads=threads, **options)
         self.opening = time.perf_counter() - started
         self._state = self.model.new_state()
-        # Its experts are in memory of its own, which the budget bounds; nothing may be cached.
-        self._files = ReadFiles([Path(package) / one for one in {s.file for s in manifest.shards}])
+        self._files = [Path(package) / one for one in {s.file for s in manifest.shards}]
 
     def begin(self) -> None:
         self._state = self.model.new_state()
@@ -135,30 +121,11 @@ class Ours(Side):
         self.model.forward({"tokens": np.array(tokens[:-1])}, state=self._state, outputs=[])
         return self.decode(tokens[-1])
 
-    def routes(self, prompt: list[int], forced: list[int]) -> list[list[Expert]]:
-        """The layers and experts of every forced token."""
-        from evermind_runtime.trace import read_trace
-
-        self.begin()
-        self.prefill(prompt)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.jsonl"
-            self.model.trace(path)
-            for token in forced:
-                self.decode(token)
-            self.model.trace(None)
-            steps = read_trace(path).steps
-        layers = len(self.model.manifest.layers)
-        return [
-            [(step.layer, expert) for step in token for expert in step.tokens[0]]
-            for token in (steps[at : at + layers] for at in range(0, len(steps), layers))
-        ]
-
     def decode(self, token: int) -> Array:
         return self.model.decode({"tokens": np.array([token])}, self._state)["logits"][0]
 
-    def take_back(self) -> int:
-        return self._files.take_back()
+    def files(self) -> Sequence[Path]:
+        return self._files
 
 
 class LlamaCpp(Side):
@@ -169,8 +136,6 @@ class LlamaCpp(Side):
 
         self._llama = llama_cpp
         self._file = file
-        self._weights: MappedWeights | None = None
-        self._mapped = mapped_bytes()
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         started = time.perf_counter()
@@ -201,18 +166,8 @@ class LlamaCpp(Side):
     def decode(self, token: int) -> Array:
         return self.prefill([token])
 
-    def hold(self, limit: int) -> None:
-        parts = expert_ranges(self._file)
-        self._weights = MappedWeights(self._file, parts, limit, self._mapped)
-        super().hold(limit)
-
-    def will_use(self, experts: Sequence[Expert]) -> None:
-        if self._weights is not None:
-            self._weights.use([(layer, expert) for layer, expert in experts])
-
-    def take_back(self) -> int:
-        assert self._weights is not None, "nothing is taken back before there is a limit"
-        return self._weights.take_back()
+    def files(self) -> Sequence[Path]:
+        return [Path(self._file)]
 
 
 class Transformers(Side):
@@ -232,6 +187,7 @@ class Transformers(Side):
         self._model = model.eval()
         self.opening = time.perf_counter() - started
         self._cache: Any = None
+        self._files = sorted(Path(folder).glob("*.safetensors"))
 
     def begin(self) -> None:
         self._cache = None
@@ -253,6 +209,9 @@ class Transformers(Side):
     def decode(self, token: int) -> Array:
         return self.prefill([token])
 
+    def files(self) -> Sequence[Path]:
+        return self._files
+
 
 class Accelerate(Transformers):
     """transformers with every module's weights on disk, read for each of its calls."""
@@ -262,12 +221,7 @@ class Accelerate(Transformers):
 
         super().__init__(folder, threads, dtype)
         disk_offload(self._model, offload_dir=offload)
-        self._files = ReadFiles(sorted(Path(offload).glob("*.dat")))
-
-    def take_back(self) -> int:
-        # A module's weights are copied as soon as they are mapped, and used once a token: a cache
-        # that keeps what was used last has none of them when their turn comes again.
-        return self._files.take_back()
+        self._files = sorted(Path(offload).glob("*.dat"))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -19,10 +20,18 @@ from .common import ROOT
 class Worker:
     """A process with one object, made by calling `module.name(**arguments)`; use it in a `with`.
 
-    Calling the worker calls a method of that object; arguments and results travel as JSON.
+    Calling the worker calls a method of that object; arguments and results travel as JSON. `begun`
+    hears the process's id before the object is made.
     """
 
-    def __init__(self, target: str, *, threads: int, **arguments: Any) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        threads: int,
+        begun: Callable[[int], None] | None = None,
+        **arguments: Any,
+    ) -> None:
         arguments["threads"] = threads
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment |= {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
@@ -35,6 +44,9 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.process = self._process.pid
+        if begun:
+            begun(self.process)
         self._answer()
 
     def __call__(self, method: str, **arguments: Any) -> Any:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
-from evermind_runtime.machine import page_cache
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.__main__ import NAMES, NOTEBOOK, with_block
-from benchmarks.common import MIB, as_markdown, as_text, report_of
-from benchmarks.memory_limit import BESIDES, MappedFiles, ReadFiles, enforced, join_cgroup
+from benchmarks.balloon import Balloon, excess
+from benchmarks.common import MIB, as_markdown, as_text, fresh, report_of
+from benchmarks.memory_limit import held
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,59 +41,65 @@ def test_the_notebook_has_a_place_for_every_benchmark() -> None:
         with_block(text, "absent", "")
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    """Eight files of 1 MiB, on a disk whose pages can be dropped."""
-    paths = [tmp_path / f"{number}.bin" for number in range(8)]
-    for path in paths:
-        path.write_bytes(bytes(MIB))
-    _drop(paths)
-    if _cached(paths):
-        pytest.skip("pages of files cannot be dropped here")
-    return paths
+def test_a_cgroup_is_bounded_and_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for control in ("memory.max", "memory.limit_in_bytes"):
+        folder = tmp_path / control
+        folder.mkdir()
+        (folder / control).touch()
+        monkeypatch.setenv("EVERMIND_BENCH_CGROUP", str(folder))
+        with held(MIB) as holding:
+            holding.join(123)
+        assert holding.by == "a cgroup"
+        assert (folder / control).read_text() == str(MIB)
+        assert (folder / "cgroup.procs").read_text() == "123"
+    monkeypatch.setenv("EVERMIND_BENCH_CGROUP", str(tmp_path / "absent"))
+    with pytest.raises(OSError, match="no memory cgroup"), held(MIB):
+        pass
 
 
-def test_mapped_files_are_held_to_the_limit(files: list[Path]) -> None:
-    mapped = MappedFiles(dict(enumerate(files)), limit=3 * MIB)
-    for key in (*range(8), 0):
-        assert np.sum(mapped.use(key)) == 0
-    assert mapped.take_back() == 8 * MIB
-    assert mapped.take_back() == 3 * MIB
-    # Those used last are left.
-    assert [_cached([path]) // MIB for path in files] == [1, 0, 0, 0, 0, 0, 1, 1]
+def test_a_process_joins_before_it_does_anything(tmp_path: Path) -> None:
+    seen: list[int] = []
+    assert fresh(os.getpid, begun=seen.append) == seen[0]
 
 
-def test_nothing_of_files_that_are_read_stays(files: list[Path]) -> None:
-    for path in files:
-        path.read_bytes()
-    assert _cached(files) == 8 * MIB
-    with enforced(0, ReadFiles(files).take_back) as seen:
-        while _cached(files):
-            pass
-        assert seen()[0] == "governor"
+@given(
+    free=st.integers(0, 2**35),
+    used=st.integers(0, 2**35),
+    limit=st.integers(0, 2**35),
+    reserve=st.integers(0, 2**28),
+)
+def test_a_balloon_leaves_the_limit(free: int, used: int, limit: int, reserve: int) -> None:
+    taken = excess(free, used, limit, reserve)
+    left = free - taken - reserve + used
+    assert left == limit or (taken == 0 and limit <= used and left < limit)
 
 
-@pytest.mark.parametrize("control", ["memory.max", "memory.limit_in_bytes"])
-def test_a_cgroup_takes_over(control: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / control).touch()
-    monkeypatch.setenv("EVERMIND_BENCH_CGROUP", str(tmp_path))
-    with enforced(MIB, lambda: pytest.fail("the kernel governs")) as seen:
-        assert seen()[0] == "cgroup"
-    assert (tmp_path / control).read_text() == str(MIB + BESIDES)
-    assert (tmp_path / "cgroup.procs").read_text() == str(os.getpid())
-    with pytest.raises(OSError, match="no memory cgroup"):
-        join_cgroup(tmp_path / "absent", MIB)
+def test_a_balloon_counts_what_it_locks() -> None:
+    balloon = Balloon()
+    try:
+        balloon.take(9 * MIB)
+    except OSError:
+        pytest.skip("this user may not lock memory")
+    assert balloon.bytes == 8 * MIB
+    (locked,) = re.findall(r"VmLck:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert int(locked) >= 8 * 1024
+    balloon.give_back(5 * MIB)
+    assert balloon.bytes == 4 * MIB
+    balloon.give_back(4 * MIB)
+    assert balloon.bytes == 0
 
 
-def _cached(paths: list[Path]) -> int:
-    total = 0
-    for path in paths:
-        with path.open("r+b") as file:
-            total += page_cache.cached_bytes(file.fileno(), 0, MIB) or 0
-    return total
+def test_a_balloon_that_need_take_nothing_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EVERMIND_BENCH_CGROUP", raising=False)
+    monkeypatch.setenv("EVERMIND_BENCH_BALLOON", "1")
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with held(everything) as holding:
+        assert holding.by == "a balloon"
+    assert "MiB used at most" in holding.by
 
 
-def _drop(paths: list[Path]) -> None:
-    for path in paths:
-        with path.open("rb") as file:
-            page_cache.drop(file.fileno(), 0, MIB)
+def test_less_than_processes_need_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EVERMIND_BENCH_CGROUP", raising=False)
+    monkeypatch.setenv("EVERMIND_BENCH_BALLOON", "1")
+    with pytest.raises(RuntimeError, match="holds no limit"), held(-(2**40)):
+        pass
