@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import evermind_runtime as em
 import numpy as np
 import pytest
 from evermind_manifests.package import open_package
+from evermind_runtime.rows import spare_rows
 
 from tests.families import synapse, tilelli
 from tests.network.server import Server
 from tests.packages import export, golden_source, lm_source, random_source
+from tests.runtime import test_windows as windows
 from tests.runtime.test_buffers import write as write_buffers
 
 from .browser import Browser
@@ -115,6 +118,40 @@ def test_a_browser_computes_what_python_computes(
             assert [one["token"] for one in found["pieces"]] == [one.token for one in pieces]
             assert [one["text"] for one in found["pieces"]] == [one.text for one in pieces]
             check_routes(model, found["pieces"][:6])
+
+
+def test_a_window_is_kept_and_little_more(
+    tmp_path: Path, serve: Callable[..., Server], chromium: Browser
+) -> None:
+    window = 9
+    package = windows.write(tmp_path / "p", window)
+    page = chromium.page(serve(package).url + "index.html", context=chromium.new_context())
+    ends = [*range(0, 300, 60), *range(300, 309)]
+    calls = [windows.X[begin:end] for begin, end in pairwise(ends)]
+    found = run(
+        page,
+        """
+        const pack = await open();
+        const state = await pack.newState();
+        const [sums, rows] = [[], []];
+        for (const x of calls) {
+          sums.push(all(await pack.forward({ x }, { state })));
+          rows.push((await state.save()).h.shape[1]);
+        }
+        const saved = await state.save();
+        const fewer = { ...saved, n: { ...saved.n, data: new BigInt64Array([3n]) } };
+        const refused = await state.restore(fewer).then(() => '', (error) => error.message);
+        await pack.close();
+        return { sums, rows, refused };
+        """,
+        calls=[to_page({"x": one})["x"] for one in calls],
+    )
+    page.close()
+    sums = np.concatenate([from_page(one)["y"] for one in found["sums"]])
+    np.testing.assert_array_equal(sums, windows.want(window)[: ends[-1]])
+    assert max(found["rows"]) < window + spare_rows(window) + 60
+    assert found["rows"][-1] < window + spare_rows(window)
+    assert "'h': expected 3 to 3 rows of 3 tokens" in found["refused"]
 
 
 def camel(name: str) -> str:
