@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .common import ROOT, Report, as_markdown, as_text, machine, report_of
+from .cores import round_trip_ns
 
 NAMES = (
     "language_model",
@@ -58,15 +59,16 @@ def main() -> int:
     print("\n".join(f"{name}: {value}" for name, value in described))
     reports: dict[str, Report] = {}
     for name in names:
-        started = time.perf_counter()
+        started, apart = time.perf_counter(), [round_trip_ns()]
         report = _run(name, quick=options.quick)
+        apart.append(round_trip_ns())
         print(f"\n== {name}, {time.perf_counter() - started:.0f} s\n", flush=True)
         if report is None:
             continue
         reports[name] = report
         print(as_text(report), flush=True)
         if not options.quick:
-            _write(name, report, described)
+            _write(name, report, described, apart)
     if options.json:
         found = {name: asdict(report) for name, report in reports.items()}
         options.json.write_text(json.dumps({"machine": dict(described), **found}, indent=1))
@@ -82,11 +84,15 @@ def _run(name: str, *, quick: bool) -> Report | None:
     return report_of(json.loads(result.stdout.splitlines()[-1]))
 
 
-def _write(name: str, report: Report, described: list[tuple[str, str]]) -> None:
+def _write(
+    name: str, report: Report, described: list[tuple[str, str]], apart: list[float | None]
+) -> None:
     """At once, so that a run that is stopped keeps what it found."""
     text = NOTEBOOK.read_text(encoding="utf-8")
     today = datetime.date.today().isoformat()
     head = f"`python -m benchmarks.{name}`, {today}"
+    if known := [f"{ns:.0f} ns" for ns in apart if ns is not None]:
+        head += f"; from core to core and back {' before, '.join(known)} after"
     text = with_block(text, name, f"{head}\n\n{as_markdown(report)}")
     facts = "\n".join(f"- {name}: {value}" for name, value in described)
     NOTEBOOK.write_text(with_block(text, "machine", facts), encoding="utf-8")

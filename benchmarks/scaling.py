@@ -9,6 +9,7 @@ from typing import Any
 import evermind_runtime as em
 
 from .common import MIB, Cell, Report, Table, Target, fresh, interleaved, median, run
+from .cores import round_trip_ns
 
 EXPERTS = (8, 16, 32, 64, 128, 256, 512)
 LAYERS = (2, 4, 8, 16, 32, 64)
@@ -38,12 +39,16 @@ def measure(quick: bool) -> Report:
                 one["speed"],
                 one["rate"] / 1e9,
                 "#" * round(_BAR * one["rate"] / max(rates)),
+                one["shared"],
+                one["apart"],
             ]
             for n, one in found
         ]
-        columns = [what, "experts, MiB", "active, MiB a token", "tokens/s", "active GB/s", "curve"]
+        columns = [what, "experts, MiB", "active, MiB a token", "tokens/s", "active GB/s", "curve",
+                   "tokens/s with 2 threads", "core to core around them, ns"]  # fmt: skip
         plans = "/".join(sorted({one["plan"] for _, one in found}))
-        title = f"All resident (plan {plans}), {new_tokens} new tokens"
+        threads = "/".join(sorted({str(one["threads"]) for _, one in found}))
+        title = f"All resident (plan {plans}, threads {threads}), {new_tokens} new tokens"
         tables.append(Table(title, columns, rows))
         spread = min(rates) / max(rates)
         targets.append(
@@ -57,9 +62,11 @@ def measure(quick: bool) -> Report:
     return Report(tables, targets)
 
 
-def decode(path: str, new_tokens: int, rounds: int) -> dict[str, Any]:
+def decode(
+    path: str, new_tokens: int, rounds: int, compute_threads: int | None = None
+) -> dict[str, Any]:
     """Tokens/s, and the weights one token passes through, in bytes."""
-    with em.load(path) as model:
+    with em.load(path, threads=compute_threads) as model:
 
         def generate() -> None:
             list(model.generate([1, 2, 3], max_new_tokens=new_tokens, temperature=1.0))
@@ -72,6 +79,7 @@ def decode(path: str, new_tokens: int, rounds: int) -> dict[str, Any]:
         return {
             "speed": speed,
             "plan": model.plan.name,
+            "threads": model.threads,
             "all": sum(layer.experts * size for layer in manifest.layers),
             "active": routed + resident,
             "rate": speed * (routed + resident),
@@ -100,7 +108,12 @@ def _measured(dims: dict[str, int], new_tokens: int, rounds: int) -> dict[str, A
 
     with tempfile.TemporaryDirectory() as folder:
         path = package(language_model(**dims), Path(folder) / "package")
-        result: dict[str, Any] = fresh(decode, path=path, new_tokens=new_tokens, rounds=rounds)
+        how = {"path": path, "new_tokens": new_tokens, "rounds": rounds}
+        result: dict[str, Any] = fresh(decode, **how)
+        before = round_trip_ns()
+        result["shared"] = fresh(decode, **how, compute_threads=2)["speed"]
+        after = round_trip_ns()
+        result["apart"] = before and after and f"{before:.0f}, {after:.0f}"
         return result
 
 

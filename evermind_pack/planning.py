@@ -6,6 +6,7 @@ Hugging Face model only `config.json`: no weight need be there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
 from evermind_runtime.choose_plan import FETCHED_FIRST, PlanName, choose_plan
+from evermind_runtime.choose_threads import suited_threads
 from evermind_runtime.forecast import (
     FORMULA,
     GRAPH_RUN_CALLS,
@@ -71,6 +73,8 @@ class Subject:
     def measure(self, threads: int | None = None) -> Machine:
         """This machine's figures, measured over the model's own files where it has some."""
         sizes = self.sizes
+        if threads is None and self.manifest is not None:
+            threads = suited_threads(self.manifest, len(os.sched_getaffinity(0)))
         return measure_machine(
             self.extents,
             self.folder,

@@ -11,6 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+
+def pytest_configure() -> None:
+    """Compute on all cores, where the small packages of tests would take one thread."""
+    from evermind_runtime import onnx_runtime
+
+    onnx_runtime.start()
+
+
 _GOLDEN = Path(__file__).parent / "fixtures" / "evermind"
 
 

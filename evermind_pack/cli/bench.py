@@ -104,7 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rounds of all budgets in turn, each in a fresh process (default: 3)",
     )
     parser.add_argument(
-        "--threads", metavar="N", type=positive_int, help="compute threads (default: all cores)"
+        "--threads",
+        metavar="N",
+        type=positive_int,
+        help="compute threads (default: all cores, one for small matrices)",
     )
     add_policy(parser)
     parser.add_argument(

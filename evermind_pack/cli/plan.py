@@ -82,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the prompt whose first token is forecast (default: 16)",
     )
     parser.add_argument(
-        "--threads", metavar="N", type=positive_int, help="compute threads (default: all cores)"
+        "--threads",
+        metavar="N",
+        type=positive_int,
+        help="compute threads (default: all cores, one for small matrices)",
     )
     parser.add_argument(
         "--policy",

@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all may be resident)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, help="compute threads (default: all cores, one for small matrices)"
+    )
     parser.add_argument(
         "--verify",
         choices=("first", "always", "never"),

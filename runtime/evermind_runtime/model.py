@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,6 +22,7 @@ from .budget import parse_budget, thrash_warning
 from .chat import Chat, ChatTemplates, Message
 from .choose_plan import PlanName
 from .choose_policy import PolicyName, make_policy
+from .choose_threads import suited_threads
 from .decode import BoundDecode
 from .devices import open_device
 from .generation import Piece, generate
@@ -72,7 +74,7 @@ class Model:
     ) -> None:
         self._package = package
         manifest = package.manifest
-        self.threads = onnx_runtime.start(threads)
+        self.threads = onnx_runtime.start(threads, partial(suited_threads, manifest))
         self._device = open_device(device)
         heat = _read_profile(package, profile) if profile or policy == "pinned" else None
         layers = expert_layers(manifest)
@@ -461,8 +463,9 @@ def load(
 
     `budget` is the most that experts may take in memory, in bytes, as text (`"64MiB"`) or as
     a share of all expert bytes (`"25%"`); by default all may be resident. It is never
-    exceeded. `device` is `"cpu"`, `"cuda"` or `"cuda:N"`. `threads` sizes the process's pool
-    (default: all usable cores). `verify` says when a shard's sha256 is checked: at its
+    exceeded. `device` is `"cpu"`, `"cuda"` or `"cuda:N"`. `threads` sizes the process's pool,
+    which its first package sets up (default: all usable cores, or one where matrices are too
+    small to share out). `verify` says when a shard's sha256 is checked: at its
     first read in this model, always, or never. `policy` chooses which expert to give up when
     the budget is spent: `"decayed"`, `"lru"`, or `"pinned"`, which keeps what `profile` (a
     file; by default the package's own profile.json) says is hot; see docs/paging.md. `plan`

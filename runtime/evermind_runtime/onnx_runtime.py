@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from evermind_manifests.errors import DeviceError, MissingExtraError
@@ -37,10 +38,11 @@ def require() -> Any:
     return onnxruntime
 
 
-def start(threads: int | None = None) -> int:
-    """Set up what sessions share (once); returns the pool's size, by default the usable cores.
+def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int:
+    """Set up what sessions share (once); returns the pool's size.
 
-    Raises `DeviceError` when it already runs with another size.
+    By default that is what is `suited` to so many usable cores, all of them. Raises
+    `DeviceError` when it already runs with another size than the one asked for.
     """
     global _pool_threads
     cores = len(os.sched_getaffinity(0))
@@ -51,7 +53,7 @@ def start(threads: int | None = None) -> int:
         )
     with _pool_lock:
         if _pool_threads is None:
-            size = threads or cores
+            size = threads or suited(cores)
             try:
                 _share(size)
             except Exception as error:

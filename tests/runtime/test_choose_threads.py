@@ -1,0 +1,68 @@
+"""How many threads a package computes with where nobody says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from evermind_manifests.manifest import Kind, Manifest
+from evermind_manifests.package import Package
+from evermind_runtime.choose_threads import SMALL_MATRIX, suited_threads
+from evermind_runtime.openers import open_location
+from msgspec import structs
+
+CORES = 4
+
+
+@pytest.fixture
+def manifest(lm_package: Path) -> Manifest:
+    with open_location(lm_package) as package:
+        assert isinstance(package, Package)
+        return package.manifest
+
+
+def _with_matrices(manifest: Manifest, *shape: int, beside: int) -> Manifest:
+    """The same model with experts of one matrix each, and other weights of `beside` experts."""
+
+    def reshaped(kind: Kind) -> Kind:
+        return structs.replace(kind, tensors=(structs.replace(kind.tensors[0], shape=shape),))
+
+    kinds = {name: reshaped(kind) for name, kind in manifest.kinds.items()}
+    size = 1
+    for dim in shape:
+        size *= dim
+    experts = sum(layer.top_k for layer in manifest.layers) * size
+    parameters = structs.replace(manifest.parameters, active=experts * (1 + beside))
+    return structs.replace(manifest, kinds=kinds, parameters=parameters)
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (3, 256, 512), (131072, 1)])
+def test_small_matrices_are_not_shared_out(manifest: Manifest, shape: tuple[int, ...]) -> None:
+    assert suited_threads(_with_matrices(manifest, *shape, beside=1), CORES) == 1
+
+
+def test_a_large_matrix_takes_all_cores(manifest: Manifest) -> None:
+    over = _with_matrices(manifest, SMALL_MATRIX + 1, 1, beside=1)
+    assert suited_threads(over, CORES) == CORES
+
+
+def test_so_does_what_is_large_beside_small_experts(manifest: Manifest) -> None:
+    assert suited_threads(_with_matrices(manifest, 8, 8, beside=3), CORES) == CORES
+
+
+def test_so_does_a_model_without_experts(manifest: Manifest) -> None:
+    assert suited_threads(structs.replace(manifest, kinds={}, layers=()), CORES) == CORES
+
+
+@pytest.mark.parametrize(("asked", "found"), [("None", 1), ("2", 2)])
+def test_the_first_load_of_a_process_decides(lm_package: Path, asked: str, found: int) -> None:
+    program = (
+        "import sys, evermind_runtime as em\n"
+        f"with em.load(sys.argv[1], threads={asked}) as model: print(model.threads)\n"
+        "with em.load(sys.argv[1]) as model: print(model.threads)"
+    )
+    command = [sys.executable, "-c", program, str(lm_package)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(found)] * 2
