@@ -24,8 +24,11 @@ DEFAULT_SEED = 1
 # Logits over less would leave the range of float32.
 _LEAST_TEMPERATURE = 1e-30
 # A bound on what rounding does to a sum of up to 2^26 weights, over the sum: 2^-24 for a weight's
-# rounding to float32, in the sum and in what is taken off it, and 2^-53 for every addition.
+# rounding to float32, in the sum and in what is taken off it, 2^-53 for every addition, and some
+# 2^-42 for an exponent's.
 _ROUNDING = 2.0**-22
+# Weights of so large an exponent, and sums of 2^26 of them, are still far from the range's ends.
+_MOST_EXPONENT = 600.0
 
 _T = TypeVar("_T")
 
@@ -137,28 +140,30 @@ def draw(logits: npt.NDArray[np.float32], temperature: float, uniform: float) ->
     The peer rounds weights to float32 and takes them off one by one; this finds the same id in
     sums of unrounded ones, unless a boundary is so near that rounding decides.
     """
-    scaled = logits.astype(np.float64)
-    if temperature != 1:
-        scaled /= temperature
-    scaled -= scaled[logits.argmax()]
-    weights = np.exp(scaled, out=scaled)
-    upto = np.add.accumulate(weights)
-    total = float(upto[-1])
-    target = uniform * total
-    choice = int(upto.searchsorted(target))
-    margin = total * _ROUNDING
-    # False where there is a NaN.
-    if (
-        choice < len(upto)
-        and upto[choice] - target > margin
-        and (choice == 0 or target - upto[choice - 1] > margin)
-    ):
-        return choice
-    return draw_one_by_one(weights.astype(np.float32), uniform)
+    # In no call more than are needed: after a token's weights the processor's caches have
+    # nothing of numpy any more.
+    most = logits.item(logits.argmax()) / temperature
+    if -_MOST_EXPONENT < most < _MOST_EXPONENT:  # not where there is a NaN
+        scaled = logits if temperature == 1 else np.divide(logits, temperature, dtype=np.float64)
+        upto = np.add.accumulate(np.exp(scaled, dtype=np.float64))
+        total = upto.item(-1)
+        target = uniform * total
+        margin = total * _ROUNDING
+        choice = int(upto.searchsorted(target))
+        if (
+            choice < len(upto)
+            and upto.item(choice) - target > margin
+            and (choice == 0 or target - upto.item(choice - 1) > margin)
+        ):
+            return choice
+    return draw_in_order(logits, temperature, uniform)
 
 
-def draw_one_by_one(weights: npt.NDArray[np.float32], uniform: float) -> int:
-    """The same with the peer's sums and differences, in its order (section 8.4)."""
+def draw_in_order(logits: npt.NDArray[np.float32], temperature: float, uniform: float) -> int:
+    """The same with the peer's roundings, sums and differences, in its order (section 8.4)."""
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max()
+    weights = np.exp(scaled, out=scaled).astype(np.float32)
     left = np.empty(len(weights) + 1)
     left[1:] = weights
     left[0] = uniform * np.add.accumulate(left[1:])[-1]

@@ -68,11 +68,11 @@ def test_draws_on_a_boundary_follow_the_spec(
 def test_few_draws_need_the_sum_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     in_order = []
 
-    def counted(weights: np.ndarray, uniform: float) -> int:
+    def counted(values: np.ndarray, temperature: float, uniform: float) -> int:
         in_order.append(uniform)
-        return spec_draw(weights.tolist(), uniform)
+        return spec_draw(spec_weights(values, temperature), uniform)
 
-    monkeypatch.setattr(sampling, "draw_one_by_one", counted)
+    monkeypatch.setattr(sampling, "draw_in_order", counted)
     values, lcg = np.random.default_rng(0).normal(size=1000).astype(np.float32), Lcg(3)
     weights = spec_weights(values, 1.0)
     for _ in range(500):
@@ -84,9 +84,20 @@ def test_few_draws_need_the_sum_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(in_order) >= 1
 
 
-def test_not_a_number_takes_the_last(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_not_a_number_takes_the_last() -> None:
     assert draw(np.array([1, np.nan, 0], dtype=np.float32), 1.0, 0.1) == 2
     assert draw(np.array([np.inf, 1], dtype=np.float32), 1.0, 0.1) == 1
+
+
+@pytest.mark.parametrize("shift", [-1e4, -650, -550, 550, 650, 1e4])
+def test_logits_of_any_size_are_drawn_from(shift: float) -> None:
+    values = np.random.default_rng(1).normal(size=200).astype(np.float32) + np.float32(shift)
+    for temperature in (1.0, 0.01, 100.0):
+        weights, lcg = spec_weights(values, temperature), Lcg(5)
+        for _ in range(20):
+            uniform = lcg.next()
+            assert draw(values, temperature, uniform) == spec_draw(weights, uniform)
 
 
 def test_greedy_takes_the_lowest_of_equals_and_never_nan() -> None:

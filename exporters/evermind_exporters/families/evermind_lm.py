@@ -360,14 +360,18 @@ def _convolution(
     if dims.kernel > 1:
         state_dims = [dims.kernel - 1, dims.d_model]
         window = b.op("Concat", b.input(f"conv{state}", "f32", state_dims), n, axis=0)
-        if keep:
+        if keep and tokens == 1:
+            last = b.op("Gather", window, b.const(list(range(1, dims.kernel))), axis=0)
+        elif keep:
             last = b.op(
                 "Slice", window, b.const([1 - dims.kernel]), b.const([_SLICE_END]), b.const([0])
             )
+        if keep:
             b.output(last, f"conv_out{state}", "f32", state_dims)
     if tokens == 1:
+        # Gather and MatMul are what Slice and ReduceSum would be, and cost less.
         products = b.op("Mul", window, b.op("Transpose", taps, perm=[1, 0]))
-        return str(b.op("ReduceSum", products, b.const([0]), keepdims=1))
+        return str(b.op("MatMul", b.const([[1] * dims.kernel], np.float32), products))
     # (T+C-1, d) -> (1, d, T+C-1) -> (1, d, T) -> (T, d)
     signal = b.op("Unsqueeze", b.op("Transpose", window, perm=[1, 0]), b.const([0]))
     kernel = b.op("Unsqueeze", taps, b.const([1]))
