@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from evermind_manifests.errors import NonFiniteError
@@ -45,6 +47,24 @@ def test_large_numbers_are_finite() -> None:
     largest = np.finfo(np.float32).max
     check = FiniteCheck(PLAN)
     check.check({"cell.2": np.full(3, largest), "cell.10": np.full(3, -largest), "scores": GOOD})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("fill", [0.0, -1.0, "largest"])
+@pytest.mark.parametrize("size", [1, 8191, 8192, 8193, 20_000])
+def test_one_bad_number_is_found_wherever_it_is(
+    size: int, fill: float | str, dtype: type[np.floating[Any]]
+) -> None:
+    check = FiniteCheck(PLAN)
+    number = np.finfo(dtype).max if fill == "largest" else fill
+    values = np.full((1, size), number, dtype=dtype)
+    check.check({"cell.2": values})
+    for place in {0, size // 2, size - 1}:
+        for bad in (np.inf, -np.inf, np.nan):
+            wrong = values.copy()
+            wrong[0, place] = bad
+            with pytest.raises(NonFiniteError, match=r"'cell\.2'.*found 1 of "):
+                check.check({"cell.2": wrong})
 
 
 def test_an_input_that_is_not_finite_is_the_cause() -> None:
