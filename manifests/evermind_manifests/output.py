@@ -10,11 +10,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import mmap
 import os
 from concurrent.futures import Executor
 from io import FileIO
-from typing import TYPE_CHECKING, Final
+from mmap import mmap
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from .manifest import FileEntry, Shard
 from .shard import Buffer
@@ -22,6 +25,8 @@ from .staging import start_writeback
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+Block: TypeAlias = npt.NDArray[np.uint8]
 
 _O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)
 _BLOCK_BYTES: Final = 4 << 20
@@ -42,14 +47,15 @@ class Output:
     All methods raise `OSError`.
     """
 
-    def __init__(self, path: str, file: FileIO, hashers: Executor, spare: list[mmap.mmap]) -> None:
+    def __init__(self, path: str, file: FileIO, hashers: Executor, spare: list[Block]) -> None:
         self.path = path
         self.position = 0
         self._digest = hashlib.sha256()
         self._file = file
         self._hashers = hashers
         self._spare = spare
-        self._block = spare.pop() if spare else mmap.mmap(-1, _BLOCK_BYTES)
+        # Mapped, for it is to begin with a page.
+        self._block = spare.pop() if spare else np.frombuffer(mmap(-1, _BLOCK_BYTES), np.uint8)
         self.held = 0  # at the block's begin
         self._can_direct = bool(_O_DIRECT)
         self._cached = 0  # bytes that the disk was not told to begin on
@@ -61,17 +67,18 @@ class Output:
 
     def write(self, data: Buffer, alone: _Hash | None = None) -> None:
         """Add bytes, which the digest `alone` of a part takes in too."""
-        view = memoryview(data).cast("B")
+        view = np.frombuffer(data, np.uint8)
         digests = [self._digest] if alone is None else [self._digest, alone]
         hashing = []
         if len(view) < _HANDED_BYTES:
             for digest in digests:
-                digest.update(view)
+                digest.update(view.data)
         else:
-            hashing = [self._hashers.submit(digest.update, view) for digest in digests]
+            hashing = [self._hashers.submit(digest.update, view.data) for digest in digests]
         taken = 0
         while taken < len(view):
             size = min(len(view) - taken, _BLOCK_BYTES - self.held)
+            # numpy copies without the interpreter's lock, which the thread that rounds needs.
             self._block[self.held : self.held + size] = view[taken : taken + size]
             taken += size
             self.held += size
@@ -84,9 +91,8 @@ class Output:
     def flush(self) -> None:
         """Hand all that was written to the system, so that a full disk shows here."""
         begin, done = self.position - self.held, 0
-        block = memoryview(self._block)
         while done < self.held:
-            done += self._put(block[done : self.held], begin + done)
+            done += self._put(self._block[done : self.held].data, begin + done)
         self.held = 0
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
 from itertools import chain
-from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self, TypeAlias
@@ -35,7 +34,7 @@ from .manifest import (
     package_digest,
     parse_manifest,
 )
-from .output import Output
+from .output import Block, Output
 from .paths import check_file_kind, check_path
 from .problems import raise_errors
 from .shard import Buffer, align, read_header
@@ -85,7 +84,7 @@ class PackageWriter:
         self._pools = 0
         self._open = False
         self._hashers = ThreadPoolExecutor(2)
-        self._spare: list[mmap] = []  # for outputs
+        self._spare: list[Block] = []  # for outputs
         self._resumable = resumable
         self._journal: Journal | None = None
         self._unsynced: list[Shard] = []
