@@ -33,7 +33,7 @@ def measure(quick: bool) -> Report:
         if quick
         else {"width": 2048, "hidden": 4096, "layers": 2, "experts": 8}
     )
-    rounds = 1 if quick else 3
+    rounds = 1 if quick else 5
     rows: list[list[str | int | float | None]] = []
     speeds, peaks = {}, []
     for dtype, layout in VARIANTS[: 1 if quick else None]:
