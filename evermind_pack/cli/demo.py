@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ EXAMPLES = """\
 _INTERRUPTED = 130
 # About 80 seconds of training on two cores.
 _STEPS = 700
+_DESCRIPTION = "A small language model of Python source, made by `evermind-pack demo`."
 
 
 class DemoError(EvermindPackError, RuntimeError):
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     let_threads_sleep()
     quiet = args.quiet or args.json
     run_folder, package = args.output / "run", args.output / "package"
+    _check_own(package)
 
     _headline("1/4", "train a language model on Python's standard library", quiet)
     if not _train(run_folder, args, quiet):
@@ -104,6 +107,25 @@ def run(args: argparse.Namespace) -> int:
     if not identical:
         raise DemoError("the paged run gave other tokens than the unpaged one")
     return 0
+
+
+def _check_own(package: Path) -> None:
+    """Raise `InputError` unless there is nothing, or a package that a demo made."""
+    from evermind_manifests.package import open_package
+
+    if not os.path.lexists(package):
+        return
+    try:
+        with open_package(package) as found:
+            card = found.manifest.card
+            own = card is not None and card.description == _DESCRIPTION
+    except EvermindPackError:
+        own = False
+    if not own:
+        raise InputError(
+            f"{package}: is there, and not of a demo's making: it would be replaced",
+            hint="Give another folder with -o, or move it away.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +183,7 @@ def _export(run_folder: Path, package: Path, quiet: bool) -> str:
     options = ExportOptions(
         name="python-demo",
         card=Card(
-            description="A small language model of Python source, made by `evermind-pack demo`.",
+            description=_DESCRIPTION,
             license="PSF-2.0",
             training_summary=source.card.training_summary,
         ),

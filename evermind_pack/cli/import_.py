@@ -13,7 +13,7 @@ from evermind_manifests.manifest import Card
 from evermind_manifests.staging import Staging
 
 from .export import check_text, print_result
-from .options import add_card, add_layout, add_output
+from .options import add_card, add_layout, add_output, add_revision, add_stored_as
 from .terminal import Progress, human_bytes, remark, seconds, stages
 
 EXAMPLES = """\
@@ -31,22 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint folder on this machine (config.json, safetensors files, and "
         "tokenizer.json where there is one), or the name of a model on a hub, as org/name",
     )
-    parser.add_argument(
-        "--revision", help="a branch, tag or commit of a model on a hub (default: main)"
-    )
+    add_revision(parser)
     add_output(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", "f16", "bf16", "f32"),
-        default="keep",
-        help="what weights are stored as; keep: bit by bit what the checkpoint has (default: keep)",
-    )
-    parser.add_argument(
-        "--trunk",
-        choices=("keep", "f16", "bf16", "f32"),
-        help="the same for all weights but the experts'; f32 takes twice the memory of half "
-        "precision, and is faster on many threads (default: as --dtype)",
-    )
+    add_stored_as(parser)
     add_layout(parser)
     parser.add_argument("--name", help="the package's name (default: the folder's)")
     add_card(parser)
@@ -82,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         ) from error
 
     options = ImportOptions(
-        dtype=args.dtype,
+        dtype=args.dtype or "keep",
         trunk=args.trunk,
         layout=args.layout,
         name=args.name or name,

@@ -68,6 +68,29 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """`--revision`, of a model by its name."""
+    parser.add_argument(
+        "--revision", help="a branch, tag or commit of a model on a hub (default: main)"
+    )
+
+
+def add_stored_as(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """`--dtype` and `--trunk` of an import; `of` says what they are for, where that is not all."""
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "f16", "bf16", "f32"),
+        help=f"{of}what weights are stored as; keep: bit by bit what the checkpoint has "
+        "(default: keep)",
+    )
+    parser.add_argument(
+        "--trunk",
+        choices=("keep", "f16", "bf16", "f32"),
+        help=f"{of}the same for all weights but the experts'; f32 takes twice the memory of half "
+        "precision, and is faster on many threads (default: as --dtype)",
+    )
+
+
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """`--layout`: how its shards lie in files."""
     parser.add_argument(

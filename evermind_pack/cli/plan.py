@@ -28,6 +28,7 @@ from evermind_pack.planning import (
     standard_budgets,
 )
 
+from .options import add_revision, add_stored_as
 from .remote import add_remote_arguments, remote_options
 from .terminal import (
     human_bytes,
@@ -58,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a package, its manifest.json, a Hugging Face config.json or its folder, or the name "
         "of a model on a hub, as org/name: no weight need be there, and none is fetched",
     )
-    parser.add_argument(
-        "--revision", help="a branch, tag or commit of a model on a hub (default: main)"
-    )
+    add_revision(parser)
     parser.add_argument(
         "--budget",
         metavar="SIZE",
@@ -105,16 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", metavar="N", type=positive_int, help="tokens a sequence has (default: 4096)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", "f16", "bf16", "f32"),
-        help="of a config.json: what `import --dtype` will be told (default: keep)",
-    )
-    parser.add_argument(
-        "--trunk",
-        choices=("keep", "f16", "bf16", "f32"),
-        help="of a config.json: what `import --trunk` will be told (default: as --dtype)",
-    )
+    add_stored_as(parser, "of a model to import, ")
     add_remote_arguments(parser)
 
 

@@ -38,6 +38,7 @@ from ..training import (
 )
 from ..training.presets import LanguagePreset, atome_bytes, python_demo, synapse_demo
 from ..training.run_folder import AnyTrainer, clear_start
+from ..training.run_lock import run_lock
 from .arrays import read_arrays
 from .terminal import remark
 from .training_progress import training_progress
@@ -94,6 +95,11 @@ _ATOME = ("pathways", "banks", "top_k_routing")
 
 def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingResult:
     """Begin the run that the arguments of `train` describe."""
+    with run_lock(args.output):
+        return _start(args, stop=stop)
+
+
+def _start(args: argparse.Namespace, *, stop: threading.Event) -> TrainingResult:
     quiet = args.quiet or args.json
     if args.family != "atome":
         _refuse(args, *_ATOME)
@@ -121,13 +127,14 @@ def start_job(args: argparse.Namespace, *, stop: threading.Event) -> TrainingRes
 def resume_job(folder: Path, *, stop: threading.Event, quiet: bool) -> TrainingResult:
     """Go on with a run, its data gathered again from where they were."""
     run = RunFolder.open(folder)
-    plan = run.plan()
-    trainer = run.restore()
-    if "corpus" not in plan:
-        return _train_samples(run, trainer, plan, stop=stop, quiet=quiet)
-    corpus = _corpus(plan["source"], quiet)
-    with training_progress(plan["steps"], done=trainer.steps, quiet=quiet) as on_step:
-        return resume_language_model(folder, corpus, on_step=on_step, stop=stop)
+    with run_lock(folder):
+        plan = run.plan()
+        trainer = run.restore()
+        if "corpus" not in plan:
+            return _train_samples(run, trainer, plan, stop=stop, quiet=quiet)
+        corpus = _corpus(plan["source"], quiet)
+        with training_progress(plan["steps"], done=trainer.steps, quiet=quiet) as on_step:
+            return resume_language_model(folder, corpus, on_step=on_step, stop=stop)
 
 
 def train_lm(
@@ -144,19 +151,20 @@ def train_lm(
         "max_bytes": preset.corpus_bytes,
     }
     plan = dataclasses.replace(preset.plan, source=source)
-    clear_start(folder)  # refused before the corpus is gathered, not after
-    corpus = _corpus(source, quiet)
-    with training_progress(plan.steps, quiet=quiet) as on_step:
-        return train_language_model(
-            folder,
-            corpus,
-            preset.config,
-            preset.options,
-            plan,
-            family=preset.family,
-            on_step=on_step,
-            stop=stop,
-        )
+    with run_lock(folder):
+        clear_start(folder)  # refused before the corpus is gathered, not after
+        corpus = _corpus(source, quiet)
+        with training_progress(plan.steps, quiet=quiet) as on_step:
+            return train_language_model(
+                folder,
+                corpus,
+                preset.config,
+                preset.options,
+                plan,
+                family=preset.family,
+                on_step=on_step,
+                stop=stop,
+            )
 
 
 def _language_preset(args: argparse.Namespace) -> LanguagePreset:

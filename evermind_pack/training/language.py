@@ -16,6 +16,7 @@ from .corpus import Corpus, stream_windows
 from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
 from .loop import TrainingResult, run_training
 from .run_folder import RunFolder
+from .run_lock import run_lock
 from .trainer import StepReport
 
 
@@ -65,9 +66,10 @@ def train_language_model(
     if kind is None:
         raise ConfigError(f"family: expected a language model's, found {family!r}")
     model = kind.with_vocabulary(config, corpus.vocab_size)
-    run = RunFolder.create(folder, model, corpus.tokenizer)
-    trainer = AtomeTrainer if isinstance(model, AtomeLmModel) else LmTrainer
-    return _train(run, trainer(model, options), corpus, plan, on_step, stop)
+    with run_lock(folder):
+        run = RunFolder.create(folder, model, corpus.tokenizer)
+        trainer = AtomeTrainer if isinstance(model, AtomeLmModel) else LmTrainer
+        return _train(run, trainer(model, options), corpus, plan, on_step, stop)
 
 
 def resume_language_model(

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from evermind_manifests.errors import EvermindPackError
 
 from .run_folder import RunFolder, require_resumable
+from .run_lock import run_lock
 from .trainer import StepReport, Trainer
 
 BatchT = TypeVar("BatchT")
@@ -69,27 +70,28 @@ def run_training(
     `batch_of(n)` gives the batch of step n (from 1). `evaluate` measures a validation loss
     every `evaluate_every` steps and at the end. Setting `stop` ends the loop after the
     current step; `stop_on_interrupt` sets one on Ctrl-C. Raises `DivergedError` when the loss
-    is not finite, and before the first step as `require_resumable` does.
+    is not finite, and before the first step as `require_resumable` and `run_lock` do.
     """
     require_resumable(trainer)
-    run.tidy(trainer.steps)
-    while trainer.steps < steps and not (stop is not None and stop.is_set()):
-        report = trainer.step(batch_of(trainer.steps + 1))
-        if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
-            raise DivergedError(
-                f"{run.path}: step {report.step}: loss {report.loss}, gradient norm "
-                f"{report.grad_norm}",
-                hint="Start again with a lower learning rate, or with max_grad_norm set.",
-            )
-        last = report.step == steps
-        if evaluate is not None and (last or report.step % evaluate_every == 0):
-            report = replace(report, validation_loss=evaluate())
-        run.log({key: value for key, value in asdict(report).items() if value is not None})
-        if last or report.step % checkpoint_every == 0:
-            run.save(trainer, plan)
-        if on_step is not None:
-            on_step(report)
-    run.save(trainer, plan)
+    with run_lock(run.path):
+        run.tidy(trainer.steps)
+        while trainer.steps < steps and not (stop is not None and stop.is_set()):
+            report = trainer.step(batch_of(trainer.steps + 1))
+            if not math.isfinite(report.loss) or not math.isfinite(report.grad_norm):
+                raise DivergedError(
+                    f"{run.path}: step {report.step}: loss {report.loss}, gradient norm "
+                    f"{report.grad_norm}",
+                    hint="Start again with a lower learning rate, or with max_grad_norm set.",
+                )
+            last = report.step == steps
+            if evaluate is not None and (last or report.step % evaluate_every == 0):
+                report = replace(report, validation_loss=evaluate())
+            run.log({key: value for key, value in asdict(report).items() if value is not None})
+            if last or report.step % checkpoint_every == 0:
+                run.save(trainer, plan)
+            if on_step is not None:
+                on_step(report)
+        run.save(trainer, plan)
     return TrainingResult(run.path, trainer.steps, steps)
 
 

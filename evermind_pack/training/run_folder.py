@@ -28,6 +28,7 @@ from evermind_manifests.errors import (
     LocationError,
     MissingFileError,
 )
+from evermind_manifests.journal import sync
 from evermind_manifests.json_file import read_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,6 +39,7 @@ from .limbic_trainer import LimbicTrainer, LimbicTrainerOptions
 from .lm_trainer import LmTrainer, LmTrainerOptions
 from .moe_trainer import MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions
+from .run_lock import LOCK_NAME
 from .tokitai_trainer import TokitaiTrainer, TokitaiTrainerOptions
 from .trainer import Trainer
 
@@ -66,7 +68,7 @@ _TRAINERS: dict[str, tuple[type[AnyTrainer], type[OptimizerOptions]]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run's folder, which exists; one process at a time may write to it."""
+    """A run's folder, which exists; who writes to it holds its lock (`run_lock.py`)."""
 
     path: Path
 
@@ -86,7 +88,7 @@ class RunFolder:
         elif tokenizer is not None:
             _write(path / TOKENIZER, tokenizer)
         _write(path / CONFIG, _json(config))
-        _sync_folder(path)
+        sync(path)
         return cls(path)
 
     @classmethod
@@ -122,7 +124,7 @@ class RunFolder:
             self._write_checkpoint(final, trainer, plan)
         # Also when it was there already: a crash may have come just after it appeared.
         _write(self.path / MODEL, (final / MODEL).read_bytes())
-        _sync_folder(self.path)
+        sync(self.path)
         for older in self._checkpoints()[:-1]:
             shutil.rmtree(older)
         return final
@@ -187,10 +189,10 @@ class RunFolder:
         record = {"options": asdict(trainer.options), "plan": dict(plan), "step": trainer.steps}
         (temporary / TRAINER).write_bytes(_json(record))
         for file in temporary.iterdir():
-            _sync(file)
-        _sync_folder(temporary)
+            sync(file)
+        sync(temporary)
         temporary.rename(final)
-        _sync_folder(self.path)
+        sync(self.path)
 
     def _checkpoints(self) -> list[Path]:
         return sorted(path for path in self.path.glob(f"{_CHECKPOINT}*") if path.is_dir())
@@ -205,7 +207,7 @@ def clear_start(path: Path) -> None:
     if not os.path.lexists(path):
         return
     try:
-        found = list(path.iterdir())
+        found = [item for item in path.iterdir() if item.name != LOCK_NAME]
     except OSError as error:
         raise InputError(f"{path}: expected a folder: {error.strerror}") from error
     # A model's or tokenizer's folder has a config.json too, which says something else.
@@ -278,18 +280,5 @@ def _write(path: Path, data: bytes) -> None:
     """Replace `path` in one step."""
     temporary = path.with_name(_TEMPORARY + path.name)
     temporary.write_bytes(data)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,7 @@ from evermind_manifests.errors import CheckpointError, MissingExtraError
 from .blueprint import FloatArray
 from .checkpoints.atome import read_atome
 from .families.tilelli.params import NAME, resolve_lm
+from .reason import reason
 
 # The largest file of any model worth packing: far above what these formats are used for.
 _MAX_BYTES = 1 << 32
@@ -49,8 +50,7 @@ def read_pickled(path: Path) -> tuple[dict[str, Any], dict[str, FloatArray]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damage shows as whatever PyTorch stumbles over.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a checkpoint of tensors: {reason}") from error
+        raise CheckpointError(f"{path}: not a checkpoint of tensors: {reason(error)}") from error
     found = content if isinstance(content, dict) else {}
     config, state = found.get("config"), found.get("state_dict")
     if not isinstance(config, dict) or not isinstance(state, dict):

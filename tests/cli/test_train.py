@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from evermind_manifests.errors import InputError
 
+from evermind_pack.training.run_lock import LOCK_NAME, run_lock
 from tests.cli.command_line import call
+from tests.packages import export, lm_source
 
 
 @pytest.fixture
@@ -169,3 +176,71 @@ def test_samples_that_are_no_numbers_are_refused(
     assert code == 2
     assert samples.name in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_demo_replaces_no_package_but_its_own(tmp_path: Path, capsys: Any) -> None:
+    package = export(lm_source(), tmp_path / "demo" / "package")
+    before = contents(package)
+    code, _, err = call(capsys, "demo", "-o", package.parent, "--steps", 2)
+    assert (code, "not of a demo's making" in err) == (2, True)
+    assert contents(package) == before
+    assert [path.name for path in package.parent.iterdir()] == ["package"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from evermind_pack.training.run_lock import run_lock
+
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_runs_do_not_write_to_one_folder(
+    resumed: bool, samples: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", "--resume", run] if resumed else moe(samples, run)
+    if resumed:
+        assert call(capsys, *moe(samples, run))[0] == 0
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        before = contents(run)
+        code, _, err = call(capsys, *command)
+        assert (code, f"process {holder.pid} is training there" in err) == (2, True)
+        assert contents(run) == before
+        holder.kill()
+    assert (run / LOCK_NAME).is_file()  # left by the process that was killed
+    code, out, _ = call(capsys, *command, "--json")
+    assert (code, json.loads(out)["finished"]) == (0, True)
+    assert not (run / LOCK_NAME).exists()
+
+
+def test_a_thread_may_lock_again_what_it_holds_and_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    refused: list[str] = []
+
+    def another() -> None:
+        try:
+            with run_lock(folder):
+                pass
+        except InputError as error:
+            refused.append(error.message)
+
+    with run_lock(folder):
+        with run_lock(folder):
+            thread = threading.Thread(target=another)
+            thread.start()
+            thread.join()
+        assert (folder / LOCK_NAME).read_text() == f"{os.getpid()}\n"
+    assert refused == [f"{folder}: process {os.getpid()} is training there"]
+    assert list(tmp_path.iterdir()) == []  # nothing was put into the folders that were made
+    with pytest.raises(InputError, match="expected a folder"), run_lock(Path(__file__)):
+        pass

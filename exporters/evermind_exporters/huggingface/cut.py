@@ -17,6 +17,7 @@ from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
 from ..onnx_graph import ExternalTensor, external_tensor
+from ..reason import reason
 from ..resident import Stored
 from .guesses import guess_ids, guess_nodes, guess_x
 from .nodes import domains, join_reshapes, rename, strip, taken
@@ -296,8 +297,9 @@ def _output_types(
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(f"ONNX Runtime refuses the exported graph: {first}") from error
+        raise UnsupportedError(
+            f"ONNX Runtime refuses the exported graph: {reason(error)}"
+        ) from error
     found = {}
     for one in session.get_outputs():
         if one.type not in _ORT_TYPES or one.shape is None:

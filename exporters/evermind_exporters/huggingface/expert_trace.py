@@ -17,6 +17,7 @@ from evermind_manifests.errors import UnsupportedError
 from ..families.kind import Expert
 from ..families.linear import Weight, linear
 from ..onnx_graph import OPSET, GraphBuilder
+from ..reason import reason
 from .experts import BIAS, DOWN, GATE_UP, UP, ExpertsModule, apply_gate, has_post_norm
 from .matrices import run_with
 
@@ -50,10 +51,9 @@ def trace_expert(model: Any, described: ExpertsModule) -> Expert:
             verbose=False,
         )
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(
             f"{described.path}: what one of its experts computes cannot be exported to ONNX: "
-            f"{type(error).__name__}: {first[:300]}"
+            f"{type(error).__name__}: {reason(error)}"
         ) from error
     assert program is not None, "torch.onnx.export gives a program"
     return _Traced(program.model, described)

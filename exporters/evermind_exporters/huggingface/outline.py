@@ -15,6 +15,7 @@ from typing import Any
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
+from ..reason import reason
 from .experts import ExpertsModule, find_experts
 from .quiet import quiet
 from .skeleton import looked_up, skeleton
@@ -50,9 +51,8 @@ def outline(config: Path) -> Outline:
     except (UnsupportedError, ImportError):
         raise
     except Exception as error:  # a configuration may be wrong in any way
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(
-            f"{config}: transformers cannot make a model of this: {first[:300]}"
+            f"{config}: transformers cannot make a model of this: {reason(error)}"
         ) from error
 
 

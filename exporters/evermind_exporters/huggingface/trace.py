@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from evermind_manifests.errors import MissingExtraError, UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
+from ..reason import reason
 from . import attention
 from .experts import ExpertsModule
 from .fixes import fixes
@@ -61,9 +62,8 @@ def empty_model(folder: Path) -> Any:
     except (ValueError, KeyError, ImportError, OSError) as error:
         if isinstance(error, UnsupportedError):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedError(
-            f"{folder}: transformers cannot make a causal language model of this: {first}"
+            f"{folder}: transformers cannot make a causal language model of this: {reason(error)}"
         ) from error
 
 
@@ -101,10 +101,9 @@ def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> 
         except UnsupportedError:
             raise
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UnsupportedError(
                 f"{type(model).__name__}: transformers cannot export this model to ONNX: "
-                f"{type(error).__name__}: {first[:300]}"
+                f"{type(error).__name__}: {reason(error)}"
             ) from error
 
 
@@ -124,10 +123,9 @@ def look(model: Any, modules: list[ExpertsModule], longest: int | None) -> Seen:
         except UnsupportedError:
             raise
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UnsupportedError(
                 f"{type(model).__name__}: transformers cannot run this model without its weights: "
-                f"{type(error).__name__}: {first[:300]}"
+                f"{type(error).__name__}: {reason(error)}"
             ) from error
     buffers = [
         buffer_spec(one.heads, one.width, one.sight.window, longest) for one in plain.values()
