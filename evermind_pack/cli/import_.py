@@ -6,7 +6,9 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evermind_manifests.errors import InputError, LocationError, MissingExtraError
 from evermind_manifests.manifest import Card
@@ -16,9 +18,13 @@ from .export import check_text, print_result
 from .options import add_card, add_layout, add_output, add_revision, add_stored_as
 from .terminal import Progress, human_bytes, remark, seconds, stages
 
+if TYPE_CHECKING:
+    from evermind_exporters.huggingface.import_ import HalfResult
+
 EXAMPLES = """\
   evermind-pack import ./OLMoE-1B-7B -o olmoe/
   evermind-pack import ./Mixtral-8x7B -o mixtral.zip --dtype f16
+  evermind-pack import ./Qwen3-30B-A3B -o qwen3/ --compute both
   evermind-pack import allenai/OLMoE-1B-7B-0125 -o olmoe/ --revision main
   evermind-pack run olmoe/ --prompt "The capital of France" --budget 2GiB"""
 
@@ -34,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revision(parser)
     add_output(parser)
     add_stored_as(parser)
+    parser.add_argument(
+        "--compute",
+        choices=("f32", "both"),
+        default="f32",
+        help="both: add graphs that compute in half precision, for CUDA; of the dtype most weights "
+        "are stored in (default: f32)",
+    )
     add_layout(parser)
     parser.add_argument("--name", help="the package's name (default: the folder's)")
     add_card(parser)
@@ -71,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     options = ImportOptions(
         dtype=args.dtype or "keep",
         trunk=args.trunk,
+        compute=args.compute,
         layout=args.layout,
         name=args.name or name,
         card=Card(
@@ -89,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         folder = local if local.is_dir() else _fetch(args, stage, advance)
         result = import_checkpoint(folder, args.output, options, progress=advance, stage=stage)
     took = time.monotonic() - begin
+    half = result.half
     for note in result.notes:
         remark(f"note: {note}", quiet=silent)
     print_result(
@@ -97,12 +112,24 @@ def run(args: argparse.Namespace) -> int:
         {
             "architecture": result.architecture,
             "parity_error": result.parity_error,
+            "half": None if half is None else asdict(half),
             "seconds": round(took, 3),
             "notes": result.notes,
         },
-        {"parity": f"off by {result.parity_error:.1e} of the largest logit", "took": seconds(took)},
+        {
+            "parity": f"off by {result.parity_error:.1e} of the largest logit",
+            **_half_lines(half),
+            "took": seconds(took),
+        },
     )
     return 0
+
+
+def _half_lines(half: HalfResult | None) -> dict[str, str]:
+    if half is None:
+        return {}
+    own = f"transformers in {half.compute}: {half.own_error:.1e}"
+    return {half.compute: f"most tokens off by up to {half.error:.1e} ({own})"}
 
 
 def _fetch(args: argparse.Namespace, stage: Callable[[str], None], advance: Progress) -> Path:

@@ -9,10 +9,11 @@ import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from evermind_manifests.errors import InputError
 from evermind_runtime import Model, PagingWarning, load
+from evermind_runtime.choose_compute import ComputeName
 from evermind_runtime.choose_plan import PLAN_NAMES
 
 from .arrays import (
@@ -64,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all may be resident)",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--compute",
+        choices=get_args(ComputeName),
+        default="auto",
+        help="what graphs compute in; auto: half precision on a GPU, where the package has graphs "
+        "for it, else f32 (default: auto)",
+    )
     parser.add_argument(
         "--threads", type=int, help="compute threads (default: all cores, one for small matrices)"
     )
@@ -147,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
                 args.package,
                 budget=args.budget,
                 device=args.device,
+                compute=args.compute,
                 threads=args.threads,
                 verify=args.verify,
                 policy=args.policy,
@@ -289,6 +298,7 @@ def _counters(model: Model) -> dict[str, Any]:
         "peak_resident_expert_bytes": stats.peak_resident_expert_bytes,
         "budget_bytes": stats.budget_bytes,
         "device": model.device,
+        "compute": model.compute,
     }
 
 

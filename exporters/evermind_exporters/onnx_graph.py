@@ -64,10 +64,17 @@ def external_tensor(name: str, spec: ExternalTensor) -> onnx.TensorProto:
 class GraphBuilder:
     """Collects nodes, then `build` gives the serialized model.
 
-    `external` lists the tensors that `weight` may refer to.
+    `external` lists the tensors that `weight` may refer to. `compute` is the dtype of products
+    with weights.
     """
 
-    def __init__(self, name: str, external: Mapping[str, ExternalTensor] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        external: Mapping[str, ExternalTensor] | None = None,
+        compute: DType = "f32",
+    ) -> None:
+        self.compute: DType = compute
         self._name = name
         self._external = external or {}
         self._nodes: list[onnx.NodeProto] = []
@@ -149,7 +156,7 @@ class GraphBuilder:
         """A builder for a subgraph of this one, which may use this one's values."""
         self._counter += 1
         prefix = f"{self._name}." if self._outer else ""
-        body = GraphBuilder(f"{prefix}body_{self._counter}")
+        body = GraphBuilder(f"{prefix}body_{self._counter}", compute=self.compute)
         body._outer = self
         return body
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from .errors import GraphError
@@ -26,6 +27,7 @@ from .manifest import (
 from .problems import Problem, problem, raise_errors
 from .safetensors_header import TensorRange
 from .structure import programs
+from .variants import each_variant
 
 # The inputs of all graph steps together, each graph counted as often as it runs. A thousand
 # layers of 64 fused experts with six tensors each have a tenth of this.
@@ -55,16 +57,27 @@ def interface_problems(
 
     `graphs` has the graphs that could be read; `resident` is None if its header could not.
     """
-    problems: list[Problem] = []
-    more = _more_inputs(manifest)
-    for name, kind in manifest.kinds.items():
-        problems += _check_kind(f"kinds[{name!r}]", kind, more.get(name, set()), graphs)
+    problems = _fit(manifest, graphs, resident)
+    for where, variant in each_variant(manifest):
+        found = _fit(variant, graphs, resident)
+        problems += [replace(one, place=where + one.place) for one in found]
     external = {kind.graph_external for kind in manifest.kinds.values()}
     if resident is not None:
         ranges = _Ranges((tensor.dtype, tensor.begin, tensor.end) for tensor in resident.values())
         for path, info in graphs.items():
             if path not in external:
                 problems += _check_ranges(path, info, ranges)
+    return problems
+
+
+def _fit(
+    manifest: Manifest, graphs: Mapping[str, GraphInfo], resident: Mapping[str, TensorRange] | None
+) -> list[Problem]:
+    """`interface_problems` of the manifest's own programs."""
+    problems: list[Problem] = []
+    more = _more_inputs(manifest)
+    for name, kind in manifest.kinds.items():
+        problems += _check_kind(f"kinds[{name!r}]", kind, more.get(name, set()), graphs)
     for program, steps in programs(manifest.plan):
         problems += _Program(manifest, graphs, resident, f"plan.{program}").check(steps)
     return problems

@@ -39,6 +39,7 @@ Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 PackagePath: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1024)]
 DType: TypeAlias = Literal["f32", "f16", "bf16", "f64", "i64", "i32", "u8", "bool"]
+Half: TypeAlias = Literal["f16", "bf16"]
 # The cap on the rank keeps the product of a hostile shape small.
 Shape: TypeAlias = Annotated[tuple[PositiveCount, ...], Meta(max_length=16)]
 # A dimension is a number or the name of one that varies ("T": tokens).
@@ -302,6 +303,20 @@ class Plan(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return frozenset(spec.length for spec in self.state.values() if spec.length)
 
 
+class Variant(Struct, frozen=True, kw_only=True):
+    """The same function through other graphs, which compute in half precision.
+
+    `plan` and `kinds` (kind -> graph) take the place of the manifest's own: same inputs, outputs
+    and layers, same shards and resident tensors, values between steps of any dtype. A result is
+    off by up to `tolerance` where it is held against the package's parity cases: the largest
+    error of a token, relative to the output's largest magnitude, as the median over tokens.
+    """
+
+    plan: Plan
+    kinds: dict[Name, PackagePath]
+    tolerance: Annotated[float, Meta(gt=0, le=1)]
+
+
 class Parameters(Struct, frozen=True, kw_only=True):
     """Parameter counts: all of them, and those that one token uses."""
 
@@ -355,7 +370,10 @@ class Card(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The whole of manifest.json."""
+    """The whole of manifest.json.
+
+    `plan` and `kinds` compute in float32; `variants` has others by the dtype they compute in.
+    """
 
     schema: Literal["evermind.package/1"]
     name: Name
@@ -368,6 +386,7 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     layers: tuple[Layer, ...]
     shards: tuple[Shard, ...]
     plan: Plan
+    variants: dict[Half, Variant] = {}
     requires: tuple[str, ...] = ()
     resident: PackagePath | None = None
     tokenizer: Tokenizer | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from .errors import (
     DigestError,
@@ -22,6 +22,7 @@ from .errors import (
 from .manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    Half,
     Kind,
     Manifest,
     Shard,
@@ -32,15 +33,24 @@ from .problems import raise_errors
 from .shard import ShardContents, check_shard, read_shard
 from .store import Store, open_store
 from .structure import check_structure
+from .variants import computing
 
 
 class Package:
     """An open package; it owns its store. Immutable and safe to share between threads."""
 
-    def __init__(self, store: Store, manifest: Manifest, digest: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        digest: str,
+        compute: Literal["f32", "f16", "bf16"] = "f32",
+    ) -> None:
         self.store = store
         self.manifest = manifest
         self.digest = digest
+        #: What the manifest's programs compute in.
+        self.compute = compute
         self._shards = {(shard.layer, shard.expert): shard for shard in manifest.shards}
         self._kinds = {layer.layer: layer.kind for layer in manifest.layers}
 
@@ -48,6 +58,13 @@ class Package:
     def location(self) -> str:
         """Where the package lies, for messages."""
         return self.store.location
+
+    def computing(self, compute: Half) -> Package:
+        """The same package with its variant `compute`, which it has, for its programs.
+
+        Both own one store: close either.
+        """
+        return Package(self.store, computing(self.manifest, compute), self.digest, compute)
 
     def shard(self, layer: int, expert: int) -> Shard:
         """Where an expert's shard lies. Raises `InputError` when there is no such expert."""

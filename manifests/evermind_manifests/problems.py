@@ -108,6 +108,7 @@ CODES: Final[dict[str, Code]] = {
     "plan-pools": Code(
         "structure", "a step binds pools that it may not, or that the experts do not have", _WRITER
     ),
+    "variant": Code("structure", "a variant is not of the same function as the plan", _WRITER),
     "state-too-large": Code(
         "structure", "a state would need more than 64 GiB", "Export with a shorter context."
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from .dtypes import FLOATS, tensor_bytes
@@ -28,6 +29,7 @@ from .manifest import (
 from .paths import ORDINARY, check_file_kind, check_path
 from .problems import Problem, problem, problem_of
 from .shard import ALIGNMENT, check_layout
+from .variants import each_variant
 
 POOL_SUFFIX = ".moe0p"
 POOL_ALIGNMENT = 4096
@@ -43,6 +45,7 @@ def check_structure(manifest: Manifest) -> list[Problem]:
         *_check_layers(manifest),
         *_check_shards(manifest),
         *_check_plan(manifest),
+        *_check_variants(manifest),
         *_check_rest(manifest),
     ]
 
@@ -81,6 +84,24 @@ def check_files(files: Mapping[str, object]) -> Iterator[Problem]:
 
 def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(place, path) of every file the manifest uses, shards apart."""
+    yield from _graphs(manifest)
+    for where, variant in each_variant(manifest):
+        yield from ((where + place, path) for place, path in _graphs(variant))
+    if manifest.resident is not None:
+        yield "resident", manifest.resident
+    if manifest.tokenizer is not None and manifest.tokenizer.file is not None:
+        yield "tokenizer.file", manifest.tokenizer.file
+    if manifest.tokenizer is not None:
+        for name, path in manifest.tokenizer.chat_templates.items():
+            yield f"tokenizer.chat_templates[{name!r}]", path
+    if manifest.parity is not None:
+        yield "parity", manifest.parity
+    if manifest.source is not None:
+        yield "source", manifest.source
+
+
+def _graphs(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(place, path) of every graph, those of variants apart."""
     for name, kind in manifest.kinds.items():
         yield f"kinds[{name!r}].graph", kind.graph
         if kind.graph_external is not None:
@@ -93,17 +114,6 @@ def referenced_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 yield f"plan.{program}[{number}].graph", step.graph
     for number, guess in enumerate(manifest.plan.guesses):
         yield f"plan.guesses[{number}].graph", guess.graph
-    if manifest.resident is not None:
-        yield "resident", manifest.resident
-    if manifest.tokenizer is not None and manifest.tokenizer.file is not None:
-        yield "tokenizer.file", manifest.tokenizer.file
-    if manifest.tokenizer is not None:
-        for name, path in manifest.tokenizer.chat_templates.items():
-            yield f"tokenizer.chat_templates[{name!r}]", path
-    if manifest.parity is not None:
-        yield "parity", manifest.parity
-    if manifest.source is not None:
-        yield "source", manifest.source
 
 
 def programs(plan: Plan) -> Iterator[tuple[str, Sequence[Step]]]:
@@ -126,7 +136,7 @@ def _check_references(manifest: Manifest) -> Iterator[Problem]:
     for place, path in referenced_files(manifest):
         if path not in manifest.files:
             yield problem("unlisted-file", place, f"{path!r} is not in `files`")
-        elif place.startswith(("kinds", "plan")) and not path.endswith(".onnx"):
+        elif place.startswith(("kinds", "plan", "variants")) and not path.endswith(".onnx"):
             yield problem("file-kind", place, f"expected an .onnx file, found {path!r}")
         elif place.startswith("tokenizer.chat") and not path.endswith(".jinja"):
             yield problem("file-kind", place, f"expected a .jinja file, found {path!r}")
@@ -433,6 +443,22 @@ def _reads(step: Step) -> list[str]:
 
 def _writes(step: Step) -> list[str]:
     return [step.y] if isinstance(step, ExpertsStep) else list(step.outputs.values())
+
+
+def _check_variants(manifest: Manifest) -> Iterator[Problem]:
+    """Each is sound by itself, and takes and gives what the manifest's own plan does."""
+    for (place, one), variant in zip(
+        each_variant(manifest), manifest.variants.values(), strict=True
+    ):
+        for found in _check_plan(one):
+            yield replace(found, place=place + found.place)
+        for name in sorted(variant.kinds.keys() - manifest.kinds.keys()):
+            yield problem("variant", place + "kinds", f"{name!r} is not in `kinds`")
+        for name in ("inputs", "outputs"):
+            if getattr(one.plan, name) != getattr(manifest.plan, name):
+                yield problem("variant", f"{place}plan.{name}", f"are not those of `plan.{name}`")
+        if one.plan.state.keys() != manifest.plan.state.keys():
+            yield problem("variant", f"{place}plan.state", "has other names than `plan.state`")
 
 
 def _check_rest(manifest: Manifest) -> Iterator[Problem]:

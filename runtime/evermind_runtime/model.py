@@ -20,6 +20,7 @@ from . import onnx_runtime
 from .arrays import check_inputs, empty_output, join_tokens, slice_tokens, tokens_in
 from .budget import parse_budget, thrash_warning
 from .chat import Chat, ChatTemplates, Message
+from .choose_compute import ComputeName, choose_compute
 from .choose_plan import PlanName
 from .choose_policy import PolicyName, make_policy
 from .choose_threads import suited_threads
@@ -123,6 +124,11 @@ class Model:
     def device(self) -> str:
         """Where experts are held and run."""
         return self._device.name
+
+    @property
+    def compute(self) -> str:
+        """What graphs compute in: `f32`, `f16` or `bf16`."""
+        return self._package.compute
 
     def new_state(self) -> State:
         """A fresh state for one sequence."""
@@ -455,6 +461,7 @@ def load(
     io: IoMode = "auto",
     guess: GuessMode = "auto",
     plan: PlanName = "auto",
+    compute: ComputeName = "auto",
 ) -> Model:
     """Open a package (a folder, one `.zip` file, or the URL of either) and make it ready to run.
 
@@ -471,13 +478,17 @@ def load(
     file; by default the package's own profile.json) says is hot; see docs/paging.md. `plan`
     is how experts are held: `"resident"` (all of them stacked in float32: one call a token),
     `"half"` (all, as they are stored), `"paged"`, or `"auto"`, which takes the fastest that
-    fits; `Model.plan` says which and why. `remote` says how a URL is read and which package
-    alone will do; see docs/network.md. `io` says how experts are read: `"direct"` from the
-    disk into place, `"buffered"` through the page cache, or what should be the faster of them.
+    fits; `Model.plan` says which and why. `compute` is what graphs compute in: `"f32"`, `"f16"` or
+    `"bf16"` where the package has programs for it, or `"auto"`, which is half precision on a GPU
+    if it can be and float32 otherwise; `Model.compute` says which. `remote` says how a URL is read
+    and which package alone will do; see docs/network.md. `io` says how experts are read:
+    `"direct"` from the disk into place, `"buffered"` through the page cache, or what should be the
+    faster of them.
     `guess` `"off"` leaves a package's guesses of what the next layer will need unused.
 
     Raises `BudgetError` if one step's experts or the plan asked for do not fit,
-    `DeviceError` for a device or thread count that cannot be had, `InputError` for a policy
+    `DeviceError` for a device or thread count that cannot be had, `UnsupportedError` for programs
+    that the package does not have, `InputError` for a policy
     without the profile it needs or direct reads that cannot be had, `ManifestError` or
     `IntegrityError` for a package that is not what it should be, and `NetworkError` for one
     that cannot be fetched.
@@ -485,6 +496,9 @@ def load(
     options = remote or RemoteOptions()
     package = open_location(location, options)
     try:
+        chosen = choose_compute(compute, package.manifest, device)
+        if chosen != "f32":
+            package = package.computing(chosen)
         if not package.store.local:
             from .stores.warm_up import warm_up
 

@@ -10,11 +10,25 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# Between them: one file and many, per-expert and fused experts, float32 and bfloat16.
+# Between them: one file and many, per-expert and fused experts, and every precision. Those in half
+# precision have graphs that compute in it too.
 FORMS: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "mixtral": {"dtype": "bfloat16", "max_shard_size": "20KB"},
     "qwen3_moe": {"fused": True},
+    "gpt_oss": {"dtype": "float16"},
+    "jamba": {"dtype": "float16"},
+    # Of what an ordinary run leaves out.
+    "deepseek_v3": {"dtype": "bfloat16"},
+    "deepseek_v2": {"dtype": "float16"},
+    "qwen2_moe": {"dtype": "bfloat16"},
+    "qwen3_next": {"dtype": "bfloat16"},
+    "lfm2_moe": {"dtype": "bfloat16"},
+    "llama4_text": {"dtype": "bfloat16"},
+    "ernie4_5_moe": {"dtype": "float16"},
+    "phimoe": {"dtype": "bfloat16"},
+    "dbrx": {"dtype": "bfloat16"},
+    "granitemoehybrid": {"dtype": "bfloat16"},
 }
 
 
@@ -22,6 +36,7 @@ class Imported(NamedTuple):
     model: Any
     checkpoint: Path
     package: Path
+    half: Any
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Imported]:
     """A tiny checkpoint of an architecture, imported once."""
     pytest.importorskip("transformers")
-    from evermind_exporters.huggingface.import_ import import_checkpoint
+    from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
 
     from .tiny import make
 
@@ -51,9 +66,16 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Import
     def get(model_type: str) -> Imported:
         if model_type not in made:
             folder = tmp_path_factory.mktemp(model_type)
-            model = make(folder / "checkpoint", model_type, **FORMS.get(model_type, {}))
-            import_checkpoint(folder / "checkpoint", folder / "package")
-            made[model_type] = Imported(model, folder / "checkpoint", folder / "package")
+            form = FORMS.get(model_type, {})
+            model = make(folder / "checkpoint", model_type, **form)
+            result = import_checkpoint(
+                folder / "checkpoint",
+                folder / "package",
+                ImportOptions(compute="both" if "dtype" in form else "f32"),
+            )
+            made[model_type] = Imported(
+                model, folder / "checkpoint", folder / "package", result.half
+            )
         return made[model_type]
 
     return get

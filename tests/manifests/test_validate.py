@@ -111,7 +111,14 @@ def misleading_source(folder: Path) -> None:
 SHARD = "experts/l000/e0000.moe0"
 HUGE_STATE = {"dtype": "f32", "shape": [2**20, 2**20], "init": 0.0}
 
+
 # code: (how to damage the package, a place it is reported at, part of the message)
+def another_function(raw: dict[str, Any]) -> None:
+    plan = json.loads(json.dumps(raw["plan"]))
+    plan["outputs"] = dict(list(plan["outputs"].items())[:-1])
+    raw["variants"] = {"bf16": {"plan": plan, "kinds": {}, "tolerance": 0.1}}
+
+
 CASES: dict[str, tuple[Change, str, str]] = {
     "manifest-invalid": (
         edit(lambda raw: raw.update(version=3)),
@@ -227,6 +234,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "parameters",
         "active 501 > total 500",
     ),
+    "variant": (edit(another_function), "variants['bf16'].plan.outputs", "are not those of"),
     "tokenizer": (
         edit(lambda raw: raw.update(tokenizer={"kind": "tokenizers"})),
         "tokenizer.file",

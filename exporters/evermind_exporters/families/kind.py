@@ -11,7 +11,7 @@ from evermind_manifests.shard import ShardLayout
 
 from ..blueprint import KindBlueprint
 from ..onnx_graph import ExternalTensor, GraphBuilder
-from .linear import Weight, as_float
+from .linear import Weight, computed
 
 # Source: specs/synapse.md, section 1.
 SPARSITY_THRESHOLD: Final = 0.01
@@ -118,6 +118,6 @@ def _mounted(b: GraphBuilder, layout: ShardLayout) -> dict[str, Weight]:
     for spec in layout.tensors:
         weight = Weight(b.weight(spec.name), spec.dtype, spec.shape)
         if spec.dtype in ("f16", "bf16"):
-            weight = Weight(as_float(b, weight), "f32", spec.shape)
+            weight = Weight(computed(b, weight), "f32", spec.shape)
         weights[spec.name] = weight
     return weights

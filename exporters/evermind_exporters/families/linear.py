@@ -1,4 +1,4 @@
-"""A linear layer over weights stored in half precision, for runtimes that compute in float32.
+"""A linear layer over weights stored in half precision.
 
 The CPU has no half-precision matrix product, so weights are cast inside the graph. Casting a
 large matrix whole writes it to memory and reads it back as float32; cast in blocks of rows that
@@ -29,12 +29,12 @@ class Weight(NamedTuple):
 
 
 def linear(b: GraphBuilder, x: str, weight: Weight, bias: Weight | None = None) -> str:
-    """`x W^T + bias` in float32, for `x` `(rows, in)` and `W` `(out, in)`."""
+    """`x W^T + bias` for `x` `(rows, in)` and `W` `(out, in)`, all in the builder's dtype."""
     out, width = weight.shape
     rows = block_rows(out, width)
-    added = [as_float(b, bias)] if bias else []
-    if weight.dtype == "f32" or rows == out:
-        return str(b.op("Gemm", x, as_float(b, weight), *added, transB=1))
+    added = [computed(b, bias)] if bias else []
+    if weight.dtype == "f32" or rows == out or b.compute != "f32":
+        return str(b.op("Gemm", x, computed(b, weight), *added, transB=1))
     blocks = b.op("Reshape", weight.value, b.const([out // rows, rows, width]))
     body = b.body()
     block = body.input(f"{weight.value}_block", weight.dtype, [rows, width])
@@ -57,6 +57,6 @@ def block_rows(out: int, width: int) -> int:
     return rows if rows * 8 >= most else out
 
 
-def as_float(b: GraphBuilder, weight: Weight) -> str:
-    """`weight` in float32."""
-    return weight.value if weight.dtype == "f32" else b.cast(weight.value, "f32")
+def computed(b: GraphBuilder, weight: Weight) -> str:
+    """`weight` in what the graph computes in."""
+    return weight.value if weight.dtype == b.compute else b.cast(weight.value, b.compute)

@@ -16,10 +16,11 @@ import numpy.typing as npt
 from evermind_manifests.errors import UnsupportedError
 from evermind_manifests.manifest import StateSpec
 
-from ..onnx_graph import ExternalTensor, external_tensor
+from ..onnx_graph import ONNX_DTYPES, ExternalTensor, external_tensor
 from ..reason import reason
 from ..resident import Stored
 from .guesses import guess_ids, guess_nodes, guess_x
+from .half import FLOAT, HALVES, INSIDE, fit_for_cuda, half_values, retyped, with_float_edges
 from .nodes import domains, join_reshapes, rename, strip, taken
 from .opaque import DOMAIN, OPERATOR
 from .states import LOGITS, TOKENS, plan_states, state_out, with_plan_values
@@ -38,7 +39,6 @@ _ORT_TYPES = {
     "tensor(bool)": 9,
     "tensor(double)": 11,
 }
-_STATE_TYPES = {"f32": 1, "i64": 7}
 
 
 class ExpertsNode(NamedTuple):
@@ -72,7 +72,8 @@ class Cut:
     """The segments, the experts between them, the types of values, and what they are made with.
 
     `guesses` are graphs by the layer they are about; `weights` the trunk's, those that a graph
-    uses; `constants` the exporter's own.
+    uses; `constants` the exporter's own. `half` has the types of values and weights that are of
+    half precision inside of segments; between them (`values`) they are float32, but for buffers.
     """
 
     segments: list[Segment]
@@ -82,6 +83,7 @@ class Cut:
     states: dict[str, StateSpec]
     weights: dict[str, Stored]
     constants: dict[str, npt.NDArray[Any]]
+    half: dict[str, int]
     opsets: dict[str, int]
     ir_version: int
 
@@ -91,7 +93,7 @@ class Cut:
         return {
             name: array
             for name, array in self.constants.items()
-            if array.ndim and array.nbytes >= _TABLE_BYTES
+            if array.ndim and array.nbytes >= _TABLE_BYTES and name not in self.half
         }
 
     def graph(self, number: int, resident: Mapping[str, ExternalTensor]) -> bytes:
@@ -120,9 +122,18 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     inputs = {one.name: tuple(one.shape) for one in graph.inputs if one.name not in weights}
     outputs = [one.name for one in graph.outputs]
     nodes = [onnx_ir.to_proto(node) for node in graph]
+    half = half_values(graph)
+    half |= {own: half[name] for name, own in weights.items() if name in half}
     strip(nodes)
     rename(nodes, weights)
-    states = plan_states(inputs, outputs, nodes, limit)
+    nodes = fit_for_cuda(nodes, half)
+    dtypes = {HALVES[one] for one in half.values()}
+    assert len(dtypes) <= 1, "a model is made in one dtype, and what it keeps in float32"
+    states = plan_states(inputs, outputs, nodes, limit, *dtypes)
+    for name, (past, present) in states.pairs.items():
+        half |= {
+            own: half[one] for own, one in ((name, past), (state_out(name), present)) if one in half
+        }
     shaped = with_plan_values(nodes, states, constants)
     join_reshapes(shaped, constants)
     opsets = {domain: int(one) for domain, one in program.opset_imports.items()}
@@ -142,6 +153,7 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
         states=states.specs,
         weights={name: stored[name] for name in sorted(used)},
         constants=constants,
+        half=half,
         opsets=opsets,
         ir_version=int(program.ir_version),
     )
@@ -149,7 +161,7 @@ def cut_graph(program: Any, trunk: Trunk, limit: int | None) -> Cut:
     for name in states.buffer_lengths:
         cut.values[name] = Value(7, (1,))
     for name, spec in states.specs.items():
-        cut.values[name] = Value(_STATE_TYPES[spec.dtype], spec.shape)
+        cut.values[name] = Value(ONNX_DTYPES[spec.dtype], spec.shape)
     for number, segment in enumerate(segments):
         cut.values |= _output_types(cut, segment, known)
         if number < len(experts):
@@ -171,6 +183,8 @@ def _add_guess(
     used = {name for node in found for name in taken(node) if name in constants}
     cut.guesses[layer] = Segment(found, (guess_x(layer),), (guess_ids(layer),), tuple(sorted(used)))
     cut.values[guess_x(layer)] = Value(shown.dtype, (1, shown.dims[1]))
+    if here.x in cut.half:
+        cut.half[guess_x(layer)] = cut.half[here.x]
     cut.values[guess_ids(layer)] = Value(ids.dtype, (1, ids.dims[1]))
 
 
@@ -290,7 +304,8 @@ def _output_types(
 
     ort = onnx_runtime.require()
     onnx_runtime.start(None)
-    data = _serialize(cut, segment, None)
+    # Its CPU provider has kernels for float16, and the types are the same.
+    data = retyped(_serialize(cut, segment, None), ONNX_DTYPES["bf16"], ONNX_DTYPES["f16"])
     options = onnx_runtime.session_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -302,6 +317,8 @@ def _output_types(
         ) from error
     found = {}
     for one in session.get_outputs():
+        if one.name in map(state_out, cut.states):
+            continue
         if one.type not in _ORT_TYPES or one.shape is None:
             raise UnsupportedError(f"{one.name}: a value of type {one.type} between segments")
         inferred = [dim if isinstance(dim, int) else None for dim in one.shape]
@@ -311,10 +328,10 @@ def _output_types(
         dims = tuple(here or other or "T" for here, other in zip(told, inferred, strict=True))
         found[one.name] = Value(_ORT_TYPES[one.type], dims)
     for name, spec in cut.states.items():
-        if state_out(name) in found:
+        if state_out(name) in segment.outputs:
             appended = spec.grows and not spec.is_buffer
-            rows = Value(_STATE_TYPES[spec.dtype], ("T", *spec.fixed))
-            found[state_out(name)] = rows if appended else cut.values[name]
+            shape: tuple[int | str, ...] = ("T", *spec.fixed) if appended else spec.shape
+            found[state_out(name)] = Value(ONNX_DTYPES[spec.dtype], shape)
     return found
 
 
@@ -342,11 +359,13 @@ def _serialize(cut: Cut, segment: Segment, resident: Mapping[str, ExternalTensor
 
     tables = cut.tables
     inputs = [_info(name, cut.values[name]) for name in segment.inputs]
-    nodes, initializers = segment.nodes, []
+    nodes = with_float_edges(segment.nodes, segment.inputs, segment.outputs, cut.half)
+    initializers = []
     for name in segment.constants:
         if name in cut.weights:
             if resident is None:
-                inputs.append(_info(name, Value(1, cut.weights[name].shape)))
+                taken_as = cut.half.get(name, FLOAT)
+                inputs.append(_info(name, Value(taken_as, cut.weights[name].shape)))
         elif name not in tables:
             initializers.append(numpy_helper.from_array(cut.constants[name], name))
         elif resident is not None:
@@ -357,13 +376,15 @@ def _serialize(cut: Cut, segment: Segment, resident: Mapping[str, ExternalTensor
             inputs.append(_info(name, Value(dtype, array.shape)))
     if resident is not None:
         weights = {name: resident[name] for name in segment.constants if name in cut.weights}
-        nodes, weighed = weigh(nodes, weights)
+        nodes, weighed = weigh(nodes, weights, cut.half)
         initializers += weighed
     outputs = [
         _info(name, cut.values[name]) if resident is not None else onnx.ValueInfoProto(name=name)
         for name in segment.outputs
     ]
-    graph = helper.make_graph(nodes, "segment", inputs, outputs, initializers)
+    graph = helper.make_graph(
+        nodes, "segment", inputs, outputs, initializers, value_info=_half_info(cut, segment, nodes)
+    )
     used = domains(nodes)
     opsets = [
         helper.make_opsetid(domain, version)
@@ -374,6 +395,21 @@ def _serialize(cut: Cut, segment: Segment, resident: Mapping[str, ExternalTensor
         graph, opset_imports=opsets, ir_version=cut.ir_version, producer_name="evermind-pack"
     )
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def _half_info(
+    cut: Cut, segment: Segment, nodes: Sequence[onnx.NodeProto]
+) -> list[onnx.ValueInfoProto]:
+    """Which values inside are of half precision: whoever loads the graph checks that."""
+    from onnx import helper
+
+    edges = {*segment.inputs, *segment.outputs}
+    return [
+        helper.make_tensor_value_info(name, cut.half[own], None)
+        for node in nodes
+        for name in node.output
+        if name not in edges and (own := name.removesuffix(INSIDE)) in cut.half
+    ]
 
 
 def _info(name: str, value: Value) -> onnx.ValueInfoProto:

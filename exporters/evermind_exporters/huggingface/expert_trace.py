@@ -9,16 +9,18 @@ The trace is of a function that multiplies by no weights: where it would, it has
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.manifest import Half
 
 from ..families.kind import Expert
 from ..families.linear import Weight, linear
 from ..onnx_graph import OPSET, GraphBuilder
 from ..reason import reason
 from .experts import BIAS, DOWN, GATE_UP, UP, ExpertsModule, apply_gate, has_post_norm
+from .half import TORCH_DTYPES
 from .matrices import run_with
 
 if TYPE_CHECKING:
@@ -30,8 +32,10 @@ _DOMAIN, _PROJECT = "evermind", "Project"
 _CONSTANT_BYTES = 4096
 
 
-def trace_expert(model: Any, described: ExpertsModule) -> Expert:
-    """The arithmetic of one of these experts; `model` may lie on the meta device.
+def trace_expert(
+    model: Any, described: ExpertsModule, compute: Literal["f32"] | Half = "f32"
+) -> Expert:
+    """The arithmetic of one of these experts, in `compute`; `model` may lie on the meta device.
 
     Raises `UnsupportedError` for arithmetic that cannot be exported, or has weights of its own.
     """
@@ -44,7 +48,7 @@ def trace_expert(model: Any, described: ExpertsModule) -> Expert:
     try:
         program = torch.onnx.export(
             OneExpert().eval(),
-            (torch.zeros(3, described.width),),
+            (torch.zeros(3, described.width, dtype=getattr(torch, TORCH_DTYPES[compute])),),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim.AUTO},),

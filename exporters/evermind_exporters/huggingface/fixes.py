@@ -21,11 +21,35 @@ def fixes(model: Any) -> Iterator[None]:
     try:
         for one in rotaries:
             one.forward = partial(_phimoe_rotations, one)
-        yield
+        with _sums_apart_from_norms(model):
+            yield
     finally:
         for one in rotaries:
             vars(one).pop("forward", None)
         registry._FX_NODE_FIXES[_BACKEND].remove(_unsqueeze_complex)
+
+
+@contextmanager
+def _sums_apart_from_norms(model: Any) -> Iterator[None]:
+    """Meanwhile no sum is fused with the norm behind it, if that has weights of another dtype.
+
+    ONNX Runtime has no such operator, and transformers (5.23), which takes the two apart again,
+    forgets the bias of the sum.
+    """
+    from onnxscript.rewriter.ort_fusions import _core
+    from transformers.exporters import onnxruntime_fusions
+
+    core: Any = _core
+    fusions: Any = onnxruntime_fusions
+    fuse, steps = core.fuse_skip_rms_normalization, fusions._STEPS
+    if len({one.dtype for one in model.parameters() if one.ndim == 1}) > 1:
+        core.fuse_skip_rms_normalization = lambda *_, **__: 0
+        fusions._STEPS = tuple(step for step in steps if step[0] is not fuse)
+    try:
+        yield
+    finally:
+        core.fuse_skip_rms_normalization = fuse
+        fusions._STEPS = steps
 
 
 def _phimoe_rotations(module: Any, x: Any, position_ids: Any) -> tuple[Any, Any]:

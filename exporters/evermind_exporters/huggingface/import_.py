@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from evermind_manifests.errors import ExportError
+from evermind_manifests.errors import ConfigError, ExportError
 from evermind_manifests.manifest import (
     RESIDENT_NAME,
     SCHEMA,
@@ -19,19 +19,23 @@ from evermind_manifests.manifest import (
     FusedExperts,
     GraphStep,
     Guess,
+    Half,
     Layer,
     Manifest,
     Parameters,
     Plan,
     Step,
     ValueSpec,
+    Variant,
 )
 from evermind_manifests.shard import shard_parts
 from evermind_manifests.source_map import SOURCE_NAME, encode_source
 from evermind_manifests.staging import unfinished
 from evermind_manifests.writer import PackageWriter
+from evermind_runtime.parity import typical_error
 
 from ..export import Progress, ShardPart, add_kinds, write_shards
+from ..onnx_graph import ExternalTensor
 from ..parity import PARITY_NAME, encode_case
 from .checkpoint import Checkpoint
 from .cut import Cut, cut_graph
@@ -41,17 +45,18 @@ from .expert_map import ExpertRows, map_experts, stored_dtypes
 from .experts import ExpertsModule, find_experts
 from .guesses import guess_ids, guess_x
 from .origin import kept_file, kept_notes, kept_reader, kept_tensors, source_map
-from .proof import parity_error
+from .proof import half_error, parity_error
 from .quantized import open_checkpoint
 from .quiet import quiet
 from .reference import Reference, stored
-from .resident_file import resident_file, resident_reader
+from .resident_file import ResidentFile
 from .room import check_room, package_parts
 from .skeleton import looked_up, skeleton
 from .states import LOGITS, TOKENS
 from .text import read_text
 from .trace import empty_model, require_transformers, trace
 from .trunk import ImportDType, Trunk, wanted_dtype
+from .variant import HalfModel, half_of, tolerance
 
 # Relative to the logits' largest magnitude, both sides in float32.
 TOLERANCE = 5e-5
@@ -66,7 +71,8 @@ _MOST_LOGITS = 1 << 23
 class ImportOptions:
     """How to write the package.
 
-    `dtype` "keep" copies weights bit by bit; the others round them. `trunk` is the same for all
+    `dtype` "keep" copies weights bit by bit; the others round them. `compute` "both" adds graphs
+    that compute in half precision, the one most weights are stored in. `trunk` is the same for all
     weights but the experts', by default what `dtype` is: f16 and bf16 round matrices of 512 Ki
     values and more and keep what is smaller, f32 widens all. `restart` removes what an import
     that was cut off has left, in place of going on from there.
@@ -74,6 +80,7 @@ class ImportOptions:
 
     dtype: ImportDType = "keep"
     trunk: ImportDType | None = None
+    compute: Literal["f32", "both"] = "f32"
     layout: Literal["files", "pool"] = "files"
     name: str | None = None
     card: Card = field(default_factory=Card)
@@ -82,16 +89,30 @@ class ImportOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class HalfResult:
+    """How far half precision is off, as `evermind_runtime.parity.typical_error` has it.
+
+    `own_error` is that of transformers in the same dtype.
+    """
+
+    compute: Half
+    error: float
+    own_error: float
+
+
+@dataclass(frozen=True, slots=True)
 class ImportResult:
     """What was written.
 
     `architecture` is transformers' name of the model's type; `parity_error` how far the logits
-    are off, relative to the largest; `notes` what of the checkpoint's text is not carried as it is.
+    are off, relative to the largest; `half` what the graphs in half precision give; `notes` what of
+    the checkpoint's text is not carried as it is.
     """
 
     digest: str
     architecture: str
     parity_error: float
+    half: HalfResult | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -117,6 +138,8 @@ def import_checkpoint(
     options = options or ImportOptions()
     wanted = wanted_dtype("dtype", options.dtype)
     trunk_wanted = wanted_dtype("trunk", options.trunk or options.dtype)
+    if options.compute not in ("f32", "both"):
+        raise ConfigError(f"compute: expected f32 or both, found {options.compute!r}")
     tell = stage or (lambda _: None)
     errors: list[float] = []
     require_transformers()
@@ -145,34 +168,52 @@ def import_checkpoint(
         limit = getattr(text, "max_position_embeddings", None)
         cut = cut_graph(program, trunk, limit)
         del program
+        half = None
+        if options.compute == "both":
+            compute = half_of(stored_as, modules, trunk)
+            tell(f"tracing the model in {compute}")
+            with quiet():
+                half = HalfModel(folder, compute, modules, kinds, trunk, limit)
         if not any(spec.is_buffer for spec in cut.states.values()):
             tell("keeping caches as they are exported, which is slower: see docs/huggingface.md")
         unread = looked_up(model)
-        package = _Draft(checkpoint, options, modules, kinds, cut, trunk.parameters, unread)
+        package = _Draft(checkpoint, options, modules, kinds, cut, half, trunk.parameters, unread)
         tell("computing what transformers gives")
         reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
         count = _parity_tokens(text, package.vocabulary)
         tokens = np.random.default_rng(1).integers(0, package.vocabulary, count)
         expected = reference.logits(tokens)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
+        own_error = 0.0
+        if half is not None:
+            tell(f"computing what transformers gives in {half.compute}")
+            own = Reference(half.model, modules, layers, checkpoint, stored_as, trunk)
+            own_error = typical_error(expected, own.logits(tokens))
+            package.tolerance = tolerance(half.compute, own_error)
         made = made_files(folder, package.text.files)
-        places = {name: found for name, found in places.items() if {*found} <= cut.weights.keys()}
+        used = package.resident.weights.keys()
+        places = {name: found for name, found in places.items() if {*found} <= used}
         source = source_map(checkpoint, places, package.layers, layers, made)
         package.notes += kept_notes(source)
         added = {**package.files, PARITY_NAME: case, SOURCE_NAME: encode_source(source)}
         for path, data in added.items():
             writer.add_file(path, data)
-        writer.stream_file(RESIDENT_NAME, package.resident.parts(resident_reader(trunk, cut)))
+        writer.stream_file(RESIDENT_NAME, package.resident.parts(trunk))
         if source.kept is not None:
             writer.stream_file(source.kept, kept_file(source).parts(kept_reader(checkpoint)))
         tell("writing experts")
         shards = _shard_parts(kinds, layers, checkpoint, kept)
         write_shards(writer, shards, package.layers, kinds.blueprints, progress)
         tell("comparing the package with transformers")
-        digest = writer.finish(
-            package.manifest(), lambda folder: errors.append(parity_error(folder))
-        )
-        return ImportResult(digest, model.config.model_type, errors[0], tuple(package.notes))
+
+        def compare(written: Path) -> None:
+            errors.append(parity_error(written))
+            if half is not None:
+                errors.append(half_error(written, half.compute))
+
+        digest = writer.finish(package.manifest(), compare)
+        found = HalfResult(half.compute, errors[1], own_error) if half is not None else None
+        return ImportResult(digest, model.config.model_type, errors[0], found, tuple(package.notes))
 
 
 def _parity_tokens(config: Any, vocabulary: int) -> int:
@@ -229,18 +270,24 @@ class _Draft:
         modules: list[ExpertsModule],
         kinds: ExpertKinds,
         cut: Cut,
+        half: HalfModel | None,
         trunk: int,
         looked_up: int,
     ) -> None:
-        if len(cut.experts) != len(modules):
-            raise ExportError(
-                f"the exported graph: expected {len(modules)} layers with experts, found "
-                f"{len(cut.experts)}"
-            )
+        cuts = [cut] if half is None else [cut, half.cut]
+        for one in cuts:
+            if len(one.experts) != len(modules):
+                raise ExportError(
+                    f"the exported graph: expected {len(modules)} layers with experts, found "
+                    f"{len(one.experts)}"
+                )
         self._checkpoint = checkpoint
         self._options = options
         self._modules = modules
         self._cut = cut
+        self._half = half
+        #: Of graphs in half precision, if there are any.
+        self.tolerance = 0.0
         self._trunk = trunk
         self._active = trunk - looked_up
         self._experts = kinds
@@ -250,26 +297,40 @@ class _Draft:
             for number, (one, top_k) in enumerate(zip(modules, self._top_k, strict=True))
         )
         self.vocabulary = int(cut.values[LOGITS].dims[1])
-        self.resident = resident_file(cut)
+        self.resident = ResidentFile(cuts)
         self.text = read_text(checkpoint.folder, self.vocabulary)
         #: Every file but shards, parity and manifest, by path.
-        self.files: dict[str, bytes] = {
-            _segment_graph(number): cut.graph(number, self.resident.index)
-            for number in range(len(cut.segments))
-        }
-        self.files |= {
-            _guess_graph(layer): cut.guess(layer, self.resident.index) for layer in cut.guesses
-        }
+        self.files: dict[str, bytes] = {}
+        self._add_graphs(cut, kinds.fused, self.resident.index(0), "")
         self._kinds = add_kinds(kinds.blueprints, self.files)
-        for layer in self.layers:
-            path = _fused_graph(layer)
-            if path not in self.files:
-                self.files[path] = kinds.fused(layer.kind, layer.top_k)
+        self._half_kinds: dict[str, str] = {}
+        if half is not None:
+            suffix = f".{half.compute}"
+            self._add_graphs(half.cut, half.experts.fused, self.resident.index(1), suffix)
+            for kind in kinds.blueprints:
+                self._half_kinds[kind] = f"graphs/expert_{kind}{suffix}.onnx"
+                self.files[self._half_kinds[kind]] = half.experts.graph(kind)
         self.files |= self.text.files
         self.files |= read_documents(checkpoint.folder, self.text.files)
         self.notes = [*self.text.notes]
         if lost := left_out(checkpoint.folder):
             self.notes.append(f"{', '.join(lost)}: not carried, so that no way back has them")
+
+    def _add_graphs(
+        self,
+        cut: Cut,
+        fused: Callable[[str, int], bytes],
+        index: Mapping[str, ExternalTensor],
+        suffix: str,
+    ) -> None:
+        for number in range(len(cut.segments)):
+            self.files[_segment_graph(number, suffix)] = cut.graph(number, index)
+        for layer in cut.guesses:
+            self.files[_guess_graph(layer, suffix)] = cut.guess(layer, index)
+        for one in self.layers:
+            path = _fused_graph(one, suffix)
+            if path not in self.files:
+                self.files[path] = fused(one.kind, one.top_k)
 
     def manifest(self) -> Manifest:
         """The manifest without `files` and `shards`."""
@@ -291,7 +352,8 @@ class _Draft:
             kinds=self._kinds,
             layers=self.layers,
             shards=(),
-            plan=self._plan(),
+            plan=self._plan(self._cut, ""),
+            variants=self._variants(),
             resident=RESIDENT_NAME,
             tokenizer=self.text.tokenizer,
             generation=self.text.generation,
@@ -300,13 +362,19 @@ class _Draft:
             card=self._options.card if self._options.card != Card() else None,
         )
 
-    def _plan(self) -> Plan:
-        cut = self._cut
+    def _variants(self) -> dict[Half, Variant]:
+        half = self._half
+        if half is None:
+            return {}
+        plan = self._plan(half.cut, f".{half.compute}")
+        return {half.compute: Variant(plan=plan, kinds=self._half_kinds, tolerance=self.tolerance)}
+
+    def _plan(self, cut: Cut, suffix: str) -> Plan:
         prefill: list[Step] = []
         decode: list[Step] = []
         for number, segment in enumerate(cut.segments):
             step = GraphStep(
-                graph=_segment_graph(number),
+                graph=_segment_graph(number, suffix),
                 inputs={name: name for name in segment.inputs},
                 outputs={name: name.removesuffix(".new") for name in segment.outputs},
             )
@@ -320,7 +388,7 @@ class _Draft:
             )
             decode.append(
                 GraphStep(
-                    graph=_fused_graph(self.layers[number]),
+                    graph=_fused_graph(self.layers[number], suffix),
                     inputs={"x": node.x, "gates": node.gates},
                     outputs={"y": node.y},
                     experts=FusedExperts(layer=number, ids=node.ids, gates=node.gates),
@@ -335,7 +403,7 @@ class _Draft:
             guesses=tuple(
                 Guess(
                     layer=layer,
-                    graph=_guess_graph(layer),
+                    graph=_guess_graph(layer, suffix),
                     inputs={guess_x(layer): cut.experts[layer - 1].x},
                     ids=guess_ids(layer),
                 )
@@ -344,16 +412,16 @@ class _Draft:
         )
 
 
-def _segment_graph(number: int) -> str:
-    return f"graphs/segment_{number:02d}.onnx"
+def _segment_graph(number: int, suffix: str) -> str:
+    return f"graphs/segment_{number:02d}{suffix}.onnx"
 
 
-def _guess_graph(layer: int) -> str:
-    return f"graphs/guess_{layer:02d}.onnx"
+def _guess_graph(layer: int, suffix: str) -> str:
+    return f"graphs/guess_{layer:02d}{suffix}.onnx"
 
 
-def _fused_graph(layer: Layer) -> str:
-    return f"graphs/fused_{layer.kind}_{layer.top_k}.onnx"
+def _fused_graph(layer: Layer, suffix: str) -> str:
+    return f"graphs/fused_{layer.kind}_{layer.top_k}{suffix}.onnx"
 
 
 def _shard_parts(

@@ -11,9 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from evermind_manifests.errors import ContentError, ExportError
+from evermind_manifests.manifest import Half
+
+from .emulation import emulate
 
 _PROGRAM = f"from {__name__} import main; main()"
 
@@ -24,9 +28,25 @@ def parity_error(folder: Path) -> float:
     Raises `ContentError` if that is too far or its graphs cannot be run, `ExportError` if the
     process that compares ended without a result or could not read: that says nothing of it.
     """
+    return _compared(os.fspath(folder))
+
+
+def half_error(folder: Path, compute: Half) -> float:
+    """The same of the package's variant `compute`: `evermind_runtime.parity.typical_error`.
+
+    ONNX Runtime's CPU provider runs float16; of bfloat16, `emulation.py` makes graphs that it runs.
+    """
+    if compute != "bf16":
+        return _compared(os.fspath(folder), compute)
+    with tempfile.TemporaryDirectory() as emulated:
+        emulate(folder, compute, Path(emulated))
+        return _compared(os.fspath(folder), compute, emulated)
+
+
+def _compared(*arguments: str) -> float:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, os.fspath(folder)],
+        [sys.executable, "-c", _PROGRAM, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -64,12 +84,26 @@ def _signal_name(number: int) -> str:
 
 
 def main() -> None:
-    """Print, as JSON, what `compare_parity` finds for the folder in the arguments."""
-    from evermind_manifests.package import open_package
-    from evermind_runtime.parity import compare_parity
+    """Print, as JSON, what is found for the folder in the arguments.
 
-    with open_package(Path(sys.argv[1])) as package:
-        found = compare_parity(package)
+    They may go on with a variant, and with a folder of the graphs that stand in for its own.
+    """
+    from evermind_manifests.package import open_package
+    from evermind_runtime.parity import compare_parity, compare_variant
+
+    from .emulation import Emulated
+
+    folder, *more = sys.argv[1:]
+    with open_package(Path(folder)) as package:
+        compute = next((one for one in package.manifest.variants if one in more), None)
+        if compute is None:
+            found = compare_parity(package)
+        elif len(more) == 1:
+            found = compare_variant(package, compute)
+        else:
+            emulated = Emulated(package, compute, Path(more[1]))
+            bound = package.manifest.variants[compute].tolerance
+            found = compare_parity(emulated, half_tolerance=bound)
     problem = found.problems[0].message if found.problems else None
     # Files that cannot be read back say something of the disk, not of what was written.
     wrong = any(one.code == "parity" for one in found.problems)

@@ -1,5 +1,6 @@
-"""transformers' eager model as a reference: a layer's weights are read when it runs, an expert's
-when it is indexed.
+"""transformers' eager model as a reference, in the dtype it was made in.
+
+A layer's weights are read when it runs, an expert's when it is indexed.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class Reference:
         self._model = model
         self._modules = modules
         self._trunk = trunk
+        dtype = model.get_input_embeddings().weight.dtype
         for module, experts, types in zip(modules, layers, stored_as, strict=True):
             one = model.get_submodule(module.path)
             for part in module.parameters:
                 one._parameters.pop(part.name, None)
-                setattr(one, part.name, _Stack(part, experts, checkpoint, types))
+                setattr(one, part.name, _Stack(part, experts, checkpoint, types, dtype))
 
     def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`(T, vocabulary)` for `tokens` `(T,)`."""
@@ -75,7 +77,9 @@ class _Stack:
         experts: list[ExpertRows],
         checkpoint: Checkpoint,
         stored_as: Mapping[str, DType],
+        dtype: torch.dtype,
     ) -> None:
+        self._dtype = dtype
         self._part = part
         self._experts = experts
         self._checkpoint = checkpoint
@@ -116,7 +120,7 @@ class _Stack:
         for tensor in self._part.tensors:
             dtype = self._stored_as[tensor]
             parts.append(as_float(stored(self._checkpoint, rows[tensor], dtype), dtype))
-        whole = torch.from_numpy(np.concatenate(parts))
+        whole = torch.from_numpy(np.concatenate(parts)).to(self._dtype)
         return whole.T if self._part.transposed else whole
 
 

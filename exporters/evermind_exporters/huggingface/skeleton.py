@@ -1,6 +1,6 @@
 """A model that can be run and traced without its weights being in memory.
 
-Its parameters are float32 zeros in memory that is never touched: they have addresses and shapes,
+Its parameters are zeros in memory that is never touched: they have addresses and shapes,
 and no pages. `borrowed` puts a layer's weights in their place while that layer runs; embeddings and
 the output matrix are read in rows.
 """
@@ -46,7 +46,7 @@ def skeleton(model: Any, modules: Sequence[ExpertsModule], weight_of: Callable[[
         for name in (name for name, one in module._parameters.items() if one is not None):
             weight = weight_of(prefix + name)
             if weight not in made:
-                zeros = _untouched(tuple(module._parameters[name].shape))
+                zeros = _untouched(module._parameters[name])
                 made[weight] = torch.nn.Parameter(zeros, requires_grad=False)
             module._parameters[name] = made[weight]
         for name, buffer in list(module._buffers.items()):
@@ -56,7 +56,7 @@ def skeleton(model: Any, modules: Sequence[ExpertsModule], weight_of: Callable[[
                 module._buffers[name] = _unset(buffer)
                 computed.append(prefix + name)
             else:
-                module._buffers[name] = _untouched(tuple(buffer.shape))
+                module._buffers[name] = _untouched(buffer)
         # Whatever initialises a model is to fill in what it computes, and nothing else.
         module._is_hf_initialized = not module._non_persistent_buffers_set
     model.initialize_weights()
@@ -117,14 +117,15 @@ def _by_rows(
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
         rows = [trunk.rows(weight, one, one + 1) for one in ids.flatten().tolist()]
-        return torch.from_numpy(np.concatenate(rows)).reshape(*ids.shape, -1)
+        found = torch.from_numpy(np.concatenate(rows)).reshape(*ids.shape, -1)
+        return found.to(unit.weight.dtype)
 
     def multiply(x: torch.Tensor) -> torch.Tensor:
         out, step = unit.out_features, max(1, LARGE // unit.in_features)
         parts = []
         for begin in range(0, out, step):
-            rows = trunk.rows(weight, begin, min(begin + step, out))
-            parts.append(functional.linear(x, torch.from_numpy(rows)))
+            rows = torch.from_numpy(trunk.rows(weight, begin, min(begin + step, out)))
+            parts.append(functional.linear(x, rows.to(unit.weight.dtype)))
         return torch.cat(parts, -1)
 
     if type(unit) is torch.nn.Embedding and unit.max_norm is None:
@@ -156,8 +157,9 @@ class _Loan:
         self._before = [one.tensors[one.name] for one in self._places]
         for one in self._places:
             weight = self._trunk.name(one.parameter)
-            values = torch.from_numpy(self._trunk.values(weight))
-            parameter = isinstance(one.tensors[one.name], torch.nn.Parameter)
+            before = one.tensors[one.name]
+            values = torch.from_numpy(self._trunk.values(weight)).to(before.dtype)
+            parameter = isinstance(before, torch.nn.Parameter)
             one.tensors[one.name] = torch.nn.Parameter(values, False) if parameter else values
 
     def take_back(self, *_: Any) -> None:
@@ -194,12 +196,12 @@ def _own(module: torch.nn.Module, prefix: str) -> list[_Place]:
     return [one for one in own if one.tensors[one.name] is not None]
 
 
-def _untouched(shape: tuple[int, ...]) -> torch.Tensor:
+def _untouched(like: torch.Tensor) -> torch.Tensor:
     import torch
 
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, count) * 4, flags=_FLAGS)
-    return torch.frombuffer(memory, dtype=torch.float32, count=count).reshape(shape)
+    count = math.prod(like.shape)
+    memory = mmap.mmap(-1, max(1, count) * like.itemsize, flags=_FLAGS)
+    return torch.frombuffer(memory, dtype=like.dtype, count=count).reshape(like.shape)
 
 
 def _unset(buffer: torch.Tensor) -> torch.Tensor:

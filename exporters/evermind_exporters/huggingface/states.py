@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import UnsupportedError
-from evermind_manifests.manifest import StateSpec
+from evermind_manifests.manifest import DType, StateSpec
 
 from .attention import DOMAIN, LENGTH, OPERATOR
 
@@ -81,8 +81,9 @@ def plan_states(
     outputs: Sequence[str],
     nodes: Sequence[onnx.NodeProto],
     limit: int | None,
+    buffers: DType = "f32",
 ) -> PlanStates:
-    """What becomes of the graph's cache.
+    """What becomes of the graph's cache, of which `buffers` are of that dtype.
 
     Keys and values of attention that is a node (`attention.py`) are buffers `(1, heads, C,
     width)`. Another cache tensor `(1, heads, C, width)` becomes a state `(C, heads, width)`, and
@@ -104,6 +105,7 @@ def plan_states(
         if _is_attention(node):
             one = _options(node)
             spec = buffer_spec(one["kv_num_heads"], one["width"], one["window"], limit)
+            spec = msgspec.structs.replace(spec, dtype=buffers)
             specs |= {_keys(one): spec, _values(one): spec}
     for number, (before, after) in enumerate(zip(past, present, strict=True)):
         shape = inputs[before]

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evermind_manifests.errors import MissingExtraError, UnsupportedError
-from evermind_manifests.manifest import StateSpec
+from evermind_manifests.manifest import Half, StateSpec
 
 from ..reason import reason
 from . import attention
 from .experts import ExpertsModule
 from .fixes import fixes
+from .half import TORCH_DTYPES
 from .opaque import opaque_experts
 from .quantized import QUANTIZATION
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
 from .states import buffer_spec, cache_spec, counter
+
+if TYPE_CHECKING:
+    import torch
 
 # Lengths of the sample a trace is made with; both vary in the graph.
 _PAST, _TOKENS = 5, 3
@@ -41,10 +45,11 @@ def require_transformers() -> None:
             ) from error
 
 
-def empty_model(folder: Path) -> Any:
+def empty_model(folder: Path, compute: Literal["f32"] | Half = "f32") -> Any:
     """The model on the meta device: modules and shapes, no weights.
 
-    `folder` has a config.json, or is one.
+    `folder` has a config.json, or is one. Its parameters are of the dtype that transformers
+    computes `compute` with: it keeps some in float32.
 
     Raises `UnsupportedError` for a configuration that transformers does not know, or that
     brings code of its own.
@@ -58,13 +63,30 @@ def empty_model(folder: Path) -> Any:
             delattr(config, QUANTIZATION)
         with torch.device("meta"):
             maker: Any = AutoModelForCausalLM
-            return maker.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            dtype = TORCH_DTYPES[compute]
+            model = maker.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except (ValueError, KeyError, ImportError, OSError) as error:
         if isinstance(error, UnsupportedError):
             raise
         raise UnsupportedError(
             f"{folder}: transformers cannot make a causal language model of this: {reason(error)}"
         ) from error
+    _keep_in_float(model, getattr(torch, dtype))
+    return model
+
+
+def _keep_in_float(model: Any, dtype: torch.dtype) -> None:
+    """As transformers does when it loads weights in `dtype`."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = model._get_dtype_plan(dtype)
+    if not kept:
+        return
+    pattern = build_glob_alternation(list(kept))[0]
+    for name, one in (*model.named_parameters(), *model.named_buffers()):
+        if one.dtype == dtype and pattern.search(name):
+            one.data = one.data.to(torch.float32)
 
 
 def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> Any:

@@ -1,9 +1,9 @@
-"""How weights enter a segment's graph: float32 ones as they are, half-precision ones cast.
+"""How weights enter a segment's graph: as they are where it computes in their dtype, else cast.
 
-Large matrices are cast in blocks that fit a core's cache, as experts' are (`families/linear.py`);
-the blocks are read where they lie, so a matrix is never held in float32. The rows that no whole
-block is left for make one of their own. Small weights are cast whole: ONNX Runtime does that
-once, when it creates the session.
+Large matrices of half precision are cast to float32 in blocks that fit a core's cache, as experts'
+are (`families/linear.py`); the blocks are read where they lie, so a matrix is never held in
+float32. The rows that no whole block is left for make one of their own. Other weights are cast
+whole: ONNX Runtime does that once, when it creates the session.
 """
 
 from __future__ import annotations
@@ -26,31 +26,35 @@ _CONTRIB = "com.microsoft"
 
 
 def weigh(
-    nodes: Iterable[onnx.NodeProto], weights: Mapping[str, ExternalTensor]
+    nodes: Iterable[onnx.NodeProto],
+    weights: Mapping[str, ExternalTensor],
+    taken_as: Mapping[str, int] | None = None,
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The nodes over `weights` as they are stored, and the initializers that hold those.
 
-    `nodes` take the weights, by name, for float32.
+    `nodes` take the weights, by name, for the TensorProto.DataType that `taken_as` has for them,
+    by default float32.
     """
-    graph = _Graph(weights)
+    graph = _Graph(weights, taken_as or {})
     for node in nodes:
         graph.add(node)
     return graph.casts + graph.nodes, list(graph.initializers.values())
 
 
 class _Graph:
-    def __init__(self, weights: Mapping[str, ExternalTensor]) -> None:
+    def __init__(self, weights: Mapping[str, ExternalTensor], taken_as: Mapping[str, int]) -> None:
         self._weights = weights
+        self._taken_as = taken_as
         self._cast: set[str] = set()
         self.casts: list[onnx.NodeProto] = []
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
 
     def add(self, node: onnx.NodeProto) -> None:
-        half = [name for name in node.input if self._is_half(name)]
-        if half and node.op_type == "Gather" and node.input[0] in half:
+        other = [name for name in node.input if self._is_other(name)]
+        if other and node.op_type == "Gather" and node.input[0] in other:
             self._gather(node)
-        elif len(node.input) > 1 and node.input[1] in half and self._is_large_linear(node):
+        elif len(node.input) > 1 and node.input[1] in other and self._is_large_linear(node):
             self._linear(node)
         else:
             for name in taken(node):
@@ -58,8 +62,14 @@ class _Graph:
                     self._take(name)
             self.nodes.append(node)
 
-    def _is_half(self, name: str) -> bool:
-        return name in self._weights and self._weights[name].dtype != "f32"
+    def _is_other(self, name: str) -> bool:
+        """Whether a weight is stored as another dtype than it is taken for."""
+        if name not in self._weights:
+            return False
+        return ONNX_DTYPES[self._weights[name].dtype] != self._as(name)
+
+    def _as(self, name: str) -> int:
+        return self._taken_as.get(name, _FLOAT)
 
     def _is_large_linear(self, node: onnx.NodeProto) -> bool:
         from onnx import helper
@@ -72,34 +82,35 @@ class _Graph:
         rows, *width = self._weights[node.input[1]].shape
         return (
             turned == 1
+            and self._as(node.input[1]) == _FLOAT
             and all(value == neutral.get(name, 0) for name, value in given.items())
             and len(width) == 1
             and rows * width[0] >= LARGE
         )
 
     def _take(self, name: str) -> None:
-        """Have a weight whole and in float32, under its own name."""
+        """Have a weight whole and as it is taken, under its own name."""
         from onnx import helper
 
-        if not self._is_half(name):
+        if not self._is_other(name):
             self._stored(name, self._weights[name])
         elif name not in self._cast:
             self._cast.add(name)
             stored = self._stored(f"{name}.stored", self._weights[name])
-            self.casts.append(helper.make_node("Cast", [stored], [name], to=_FLOAT))
+            self.casts.append(helper.make_node("Cast", [stored], [name], to=self._as(name)))
 
     def _gather(self, node: onnx.NodeProto) -> None:
         from onnx import helper
 
         name = node.input[0]
-        rows = f"{node.output[0]}.half"
+        rows = f"{node.output[0]}.stored"
         gather = helper.make_node(
             "Gather",
             [self._stored(f"{name}.stored", self._weights[name]), node.input[1]],
             [rows],
         )
         gather.attribute.extend(node.attribute)
-        cast = helper.make_node("Cast", [rows], [node.output[0]], to=_FLOAT)
+        cast = helper.make_node("Cast", [rows], [node.output[0]], to=self._as(name))
         self.nodes += [gather, cast]
 
     def _linear(self, node: onnx.NodeProto) -> None:

@@ -25,7 +25,7 @@ from ...blueprint import FloatArray
 from ...checkpoints import ternary
 from ...family import Arrays
 from ...onnx_graph import GraphBuilder
-from ..linear import Weight, as_float
+from ..linear import Weight, computed
 
 ALPHA: Final = ".alpha"
 
@@ -150,10 +150,10 @@ class Matrix:
         data = b.op("Gather", self._data.value, ids, axis=0)
         if self._spec.packed:
             return self._scaled_rows(self._unpacked(data), alpha)
-        return self._scaled_rows(as_float(b, self._data._replace(value=data)), alpha)
+        return self._scaled_rows(computed(b, self._data._replace(value=data)), alpha)
 
     def _plain(self) -> str:
-        return as_float(self._b, self._data)
+        return computed(self._b, self._data)
 
     def _scaled(self, y: str) -> str:
         """Columns of `y` `(T, rows)` times alpha."""
