@@ -140,6 +140,10 @@ class ClosedError(EvermindPackError, ValueError):
     """A package or model was used after it had been closed."""
 
 
+class ForkedError(EvermindPackError, RuntimeError):
+    """A model was used in a process forked from the one that loaded it."""
+
+
 class MissingExtraError(EvermindPackError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
 

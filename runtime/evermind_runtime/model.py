@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
-from evermind_manifests.errors import ClosedError, InputError
+from evermind_manifests.errors import ClosedError, ForkedError, InputError
 from evermind_manifests.manifest import ExpertsStep, Manifest
 from evermind_manifests.package import Package
 
@@ -101,6 +101,7 @@ class Model:
         self._trace: TraceWriter | None = None
         self._listen(None)
         self._closed = False
+        self._process = os.getpid()
         self._codec: TextCodec | None = None
         self._templates: ChatTemplates | None = None
         self._observer: Observer | None = None
@@ -354,8 +355,13 @@ class Model:
         )
 
     def close(self) -> None:
-        """Give back all memory and files. The model cannot be used afterwards."""
+        """Give back all memory and files. The model cannot be used afterwards.
+
+        In a process forked from the one that loaded it nothing is given back: it is that one's.
+        """
         self._closed = True
+        if self._process != os.getpid():
+            return
         self.trace(None)
         if self._templates:
             self._templates.close()
@@ -377,6 +383,13 @@ class Model:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"{self._package.location}: this model has been closed")
+        if self._process != os.getpid():
+            raise ForkedError(
+                f"{self._package.location}: this model was loaded by process {self._process}, and "
+                f"process {os.getpid()} is a fork of it: its threads and locks are not there",
+                hint="Load the package in the process that uses it, or start processes with "
+                "`spawn`.",
+            )
 
     def _check_state(self, state: object) -> None:
         if not isinstance(state, State) or not state.fits(self.manifest.plan):

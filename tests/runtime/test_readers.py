@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from evermind_manifests.errors import (
     ClosedError,
+    ForkedError,
     InputError,
     IntegrityError,
     ShardDigestError,
@@ -282,6 +283,39 @@ def test_a_forked_process_leaves_its_parents_experts_alone(
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
             assert bytes(view) == before
+        assert same(model.forward(TOKENS), expected["prefill"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_cannot_use_its_parents_model(
+    package: Path, expected: dict[str, Any]
+) -> None:
+    """Its readers are not there; what it loads itself has its own."""
+    told, tell = os.pipe()
+    with load(package, budget="34%") as model:
+        model.forward(TOKENS)
+        child = os.fork()
+        if not child:
+            said = []
+            try:
+                for use in (
+                    lambda: model.forward(TOKENS),
+                    lambda: model.decode(TOKENS, model.new_state()),
+                    lambda: model.chat(),
+                ):
+                    with pytest.raises(ForkedError, match=f"loaded by process {os.getppid()}"):
+                        use()
+                    said.append(1)
+                model.close()
+                with load(package, budget="34%") as own:
+                    said.append(int(same(own.forward(TOKENS), expected["prefill"])))
+            finally:
+                os.write(tell, bytes(said))
+                os._exit(0)
+        os.close(tell)
+        assert os.waitpid(child, 0)[1] == 0
+        assert os.read(told, 9) == bytes([1, 1, 1, 1])
+        os.close(told)
         assert same(model.forward(TOKENS), expected["prefill"])
 
 
