@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from evermind_manifests.manifest import Manifest
 from evermind_manifests.package import Package
 from evermind_runtime.budget import token_cycle_bytes, total_expert_bytes, working_set_bytes
 from evermind_runtime.openers import open_location
+from evermind_runtime.sizes import state_sizes
 
 from .remote import add_remote_arguments, remote_options
-from .terminal import human_bytes, print_json, print_table
+from .terminal import human_bytes, print_json, print_table, state_text
 
 EXAMPLES = """\
   evermind-pack inspect shakespeare/
@@ -75,6 +77,7 @@ def summarize(package: Package) -> dict[str, Any]:
             "resident": resident,
             "experts": total_expert_bytes(manifest),
         },
+        "state": asdict(state_sizes(manifest.plan.state.values())),
         "kinds": {
             name: {
                 "bytes": kind.bytes,
@@ -106,6 +109,7 @@ def _print(summary: dict[str, Any], manifest: Manifest) -> None:
         "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} per token",
         "package": f"{human_bytes(sizes['package'])} in {summary['files']} files",
         "resident": human_bytes(sizes["resident"]),
+        "state": f"{state_text(state_sizes(manifest.plan.state.values()))}, of each sequence",
         "experts": f"{human_bytes(sizes['experts'])} in {summary['experts']} shards",
     }
     for name, kind in summary["kinds"].items():

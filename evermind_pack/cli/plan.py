@@ -40,6 +40,7 @@ from .terminal import (
     rate,
     remark,
     seconds,
+    state_text,
 )
 
 EXAMPLES = """\
@@ -252,7 +253,7 @@ def _print(
     print_table(model_rows(subject) | machine_rows(machine))
     print()
     rows = [["budget", "", "plan", "tokens/s", "hit rate", "read/token", "first token"]]
-    rows[0] += ["memory", "verdict"]
+    rows[0] += ["memory", "context", "verdict"]
     for name, prediction in forecasts.items():
         one = prediction.forecast
         figures = [
@@ -264,7 +265,8 @@ def _print(
         if not prediction.runs:
             figures = ["-"] * len(figures)
         budget_and_plan = [human_bytes(one.budget), prediction.plan or "-"]
-        rows.append([name, *budget_and_plan, *figures, human_bytes(one.rss), one.verdict])
+        context = "-" if one.longest_context is None else f"{one.longest_context:,}"
+        rows.append([name, *budget_and_plan, *figures, human_bytes(one.rss), context, one.verdict])
     print_columns(rows)
     print()
     budget, why = advice
@@ -295,8 +297,9 @@ def model_rows(subject: Subject) -> dict[str, str]:
         "experts": f"{experts:,} in {len(sizes.layers)} layers, {human_bytes(slot_bytes_of(sizes))}"
         f" each: {human_bytes(sizes.all_expert_bytes)}, "
         f"{human_bytes(sizes.cycle_bytes)} per token",
-        "resident": f"{human_bytes(sizes.resident_bytes)}, and {human_bytes(sizes.state_bytes)} "
-        "of state per sequence",
+        "resident": human_bytes(sizes.resident_bytes),
+        "state": f"{state_text(sizes.state)}; {human_bytes(sizes.state_bytes)} for "
+        f"{sizes.context:,} tokens",
     }
     if subject.checkpoint_bytes is not None:
         rows["checkpoint"] = f"about {human_bytes(subject.checkpoint_bytes)} to download"

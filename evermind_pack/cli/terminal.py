@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from evermind_runtime.sizes import StateSizes
     from rich.progress import Progress as Bar
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -105,6 +106,20 @@ def human_bytes(count: int) -> str:
             return f"{size:,.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} TiB"
+
+
+def state_text(state: StateSizes) -> str:
+    """What a sequence keeps: `2.0 KiB a token, at most 1.5 MiB in windows, up to 4,096 tokens`."""
+    parts = []
+    if state.fixed:
+        parts.append(f"{human_bytes(state.fixed)} of fixed shape")
+    if state.per_token:
+        parts.append(f"{human_bytes(state.per_token)} a token")
+    if state.windows:
+        parts.append(f"at most {human_bytes(state.bounded)} in windows")
+    if state.longest is not None:
+        parts.append(f"up to {state.longest:,} tokens")
+    return ", ".join(parts) or "none"
 
 
 def number(value: float) -> str:

@@ -59,6 +59,8 @@ FORMULA: Final[Mapping[str, str]] = {
     " + one token's time",
     "rss": "resident_bytes + min(budget, all_expert_bytes) + 2 * state_bytes"
     f" + {OVERHEAD_BYTES // 2**20} MiB",
+    "state_bytes": "fixed + per_token * context + the sum over windows of row * min(context, rows)",
+    "longest_context": "the most tokens with rss <= memory",
 }
 """How each figure comes about, for people; the names are those of the inputs."""
 
@@ -77,7 +79,10 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What to expect of one budget. Bytes, seconds, tokens per second."""
+    """What to expect of one budget. Bytes, seconds, tokens per second.
+
+    `longest_context` is how many tokens `memory` holds, `None` if it or nothing bounds them.
+    """
 
     budget: int
     share: float
@@ -89,6 +94,7 @@ class Forecast:
     ttft_seconds: Range
     rss: int
     memory: int | None
+    longest_context: int | None
     verdict: Verdict
 
     @property
@@ -179,6 +185,7 @@ def forecast(
         ),
         rss=rss,
         memory=memory,
+        longest_context=None if memory is None else longest_context(sizes, held, memory),
         verdict=_verdict(sizes, budget, rss, memory),
     )
 
@@ -218,6 +225,15 @@ def process_bytes(sizes: ModelSizes, budget: int) -> int:
     """What the process takes with that budget filled."""
     held = min(budget, sizes.all_expert_bytes)
     return sizes.resident_bytes + held + 2 * sizes.state_bytes + OVERHEAD_BYTES
+
+
+def longest_context(sizes: ModelSizes, budget: int, memory: int) -> int | None:
+    """How many tokens a sequence can have in this memory with that budget filled.
+
+    `None` where that is as many as you like.
+    """
+    room = memory - process_bytes(sizes, budget) + 2 * sizes.state_bytes
+    return sizes.state.tokens(room // 2)
 
 
 def recommended_budget(sizes: ModelSizes, memory: int) -> int | None:

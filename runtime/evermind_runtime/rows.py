@@ -40,13 +40,6 @@ def window_rows(window: int) -> int:
     return window - 1 + spare_rows(window)
 
 
-def most_rows(spec: StateSpec) -> int:
-    """How many rows of a state that grows are held at most, however long the sequence is."""
-    if spec.window:
-        return window_rows(spec.window)
-    return spec.limit or sys.maxsize
-
-
 class Rows:
     """The rows so far, the first `count` along one axis of an array.
 
@@ -58,10 +51,10 @@ class Rows:
         """No rows yet."""
         self._axis = spec.axis
         self._kept = sys.maxsize
-        self._most = most_rows(spec)
+        self._most = spec.limit or sys.maxsize
         self._window = bool(spec.window)
         if spec.window:
-            self._kept = spec.window - 1
+            self._kept, self._most = spec.window - 1, window_rows(spec.window)
         shape = shape_of(spec, min(FIRST_ROWS, self._most))
         self._held = _Held(np.empty(shape, dtype=numpy_dtype(spec.dtype)), 0)
         # Whether a mark refers to the array, which then must stay as it is.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
@@ -12,9 +14,45 @@ from evermind_manifests.manifest import Manifest, StateSpec
 from msgspec import structs
 
 from .layers import ExpertLayer, all_bytes, cycle_bytes, expert_layers, step_bytes
-from .rows import most_rows
+from .rows import window_rows
 
 DEFAULT_CONTEXT: Final = 4096
+
+
+# Where nothing bounds a context, more than any memory holds.
+_ANY_CONTEXT = 1 << 48
+
+
+@dataclass(frozen=True, slots=True)
+class StateSizes:
+    """What one sequence keeps: `fixed` bytes, `per_token` for each of its tokens, and for
+    `windows` (bytes of a row, rows held at most) as many rows as it has tokens, up to that.
+
+    `longest` is how many tokens it can have at most, `None` if nothing says so.
+    """
+
+    fixed: int = 0
+    per_token: int = 0
+    windows: tuple[tuple[int, int], ...] = ()
+    longest: int | None = None
+
+    def bytes(self, tokens: int) -> int:
+        """What a sequence of so many tokens, or of the longest, takes."""
+        if self.longest is not None:
+            tokens = min(tokens, self.longest)
+        windows = sum(row * min(tokens, rows) for row, rows in self.windows)
+        return self.fixed + self.per_token * tokens + windows
+
+    @property
+    def bounded(self) -> int:
+        """What windows take at most."""
+        return sum(row * rows for row, rows in self.windows)
+
+    def tokens(self, room: int) -> int | None:
+        """The longest sequence that `room` bytes hold; `None` where that is as long as you like."""
+        most = _ANY_CONTEXT if self.longest is None else self.longest
+        found = bisect_right(range(most + 1), room, key=self.bytes) - 1
+        return None if found == _ANY_CONTEXT else max(0, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +60,7 @@ class ModelSizes:
     """Bytes as held in memory, counts of parameters.
 
     `active_resident_bytes` are those of the resident weights that one token reads;
-    `active_parameters` count its experts too. `state_bytes` are one sequence's.
+    `active_parameters` count its experts too. `state` is one sequence's, of `context` tokens.
     `expert_parameters` are the routed experts' all together. `graph_runs` is how many graphs
     one decoded token runs. `pooled_from` is what the experts take as they are stored where
     opening puts them all into float32 pools, else 0.
@@ -31,12 +69,18 @@ class ModelSizes:
     layers: tuple[ExpertLayer, ...]
     resident_bytes: int
     active_resident_bytes: int
-    state_bytes: int
+    state: StateSizes
     total_parameters: int
     active_parameters: int
     expert_parameters: int
     graph_runs: int
+    context: int = DEFAULT_CONTEXT
     pooled_from: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """What a sequence keeps."""
+        return self.state.bytes(self.context)
 
     @property
     def all_expert_bytes(self) -> int:
@@ -74,6 +118,7 @@ class ModelSizes:
                 {"layers": count, "experts": experts, "top_k": top_k, "bytes": size}
                 for (experts, top_k, size), count in groups.items()
             ],
+            "state_bytes": self.state_bytes,
             "all_expert_bytes": self.all_expert_bytes,
             "cycle_bytes": self.cycle_bytes,
             "uses": self.uses,
@@ -85,7 +130,7 @@ class ModelSizes:
 def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> ModelSizes:
     """What a package's manifest says, and nothing else is read.
 
-    A state that grows is counted for sequences of `context` tokens, or its limit if less.
+    A sequence is taken to have `context` tokens, or as many as it can if these are fewer.
     The resident part is taken to hold its parameters in one width, so the share of it that a
     token reads is that of the parameters.
     """
@@ -95,16 +140,37 @@ def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> Mod
     routed = sum(layer.top_k * each[layer.kind] for layer in manifest.layers)
     trunk = max(1, manifest.parameters.total - experts)
     active_trunk = max(0, manifest.parameters.active - routed)
+    state = state_sizes(manifest.plan.state.values())
     return ModelSizes(
         layers=expert_layers(manifest),
         resident_bytes=resident,
         active_resident_bytes=min(resident, round(resident * active_trunk / trunk)),
-        state_bytes=states_bytes(manifest.plan.state.values(), context),
+        state=state,
         total_parameters=manifest.parameters.total,
         active_parameters=manifest.parameters.active,
         expert_parameters=experts,
         graph_runs=len(manifest.plan.decode),
+        context=context if state.longest is None else min(context, state.longest),
     )
+
+
+def state_sizes(states: Iterable[StateSpec]) -> StateSizes:
+    """What a plan's states take."""
+    fixed = per_token = 0
+    windows: Counter[int] = Counter()
+    limits = []
+    for spec in states:
+        one = tensor_bytes(spec.dtype, spec.fixed)
+        if spec.window:
+            windows[window_rows(spec.window)] += one
+        elif spec.grows:
+            per_token += one
+        else:
+            fixed += one
+        if spec.limit:
+            limits.append(spec.limit)
+    rows = tuple((size, most) for most, size in sorted(windows.items()))
+    return StateSizes(fixed, per_token, rows, min(limits, default=None))
 
 
 def pooled_sizes(manifest: Manifest, sizes: ModelSizes) -> ModelSizes:
@@ -132,15 +198,3 @@ def _expert_parameters(manifest: Manifest) -> dict[str, int]:
         name: sum(math.prod(spec.shape) for spec in kind.tensors)
         for name, kind in manifest.kinds.items()
     }
-
-
-def states_bytes(states: Iterable[StateSpec], context: int) -> int:
-    """What they take for a sequence of `context` tokens."""
-    return sum(_state_bytes(spec, context) for spec in states)
-
-
-def _state_bytes(spec: StateSpec, context: int) -> int:
-    one = tensor_bytes(spec.dtype, spec.fixed)
-    if not spec.grows:
-        return one
-    return one * min(context, most_rows(spec))

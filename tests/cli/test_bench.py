@@ -18,7 +18,7 @@ from evermind_manifests.errors import BudgetError, EvermindPackError, InputError
 from evermind_runtime.forecast import Range, forecast
 from evermind_runtime.layers import ExpertLayer
 from evermind_runtime.machine import measure_machine
-from evermind_runtime.sizes import ModelSizes
+from evermind_runtime.sizes import ModelSizes, StateSizes
 from msgspec import structs
 
 from evermind_pack.benching import Job, Round, report, run_rounds
@@ -245,7 +245,7 @@ def test_a_round_that_dies_is_named(package: Path, monkeypatch: pytest.MonkeyPat
 
 def test_figures_follow_from_the_rounds() -> None:
     layers = (ExpertLayer(layer=0, experts=4, top_k=2, bytes=10**6),)
-    sizes = ModelSizes(layers, 10**6, 10**6, 0, 10**6, 10**6, 10**6, 2)
+    sizes = ModelSizes(layers, 10**6, 10**6, StateSizes(), 10**6, 10**6, 10**6, 2)
     rounds = [
         Round(
             load_seconds=1,

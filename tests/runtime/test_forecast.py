@@ -25,7 +25,7 @@ from evermind_runtime.machine import AvailableMemory, Machine
 from evermind_runtime.pools import pool_bytes
 from evermind_runtime.profile import profile_of
 from evermind_runtime.replay import replay
-from evermind_runtime.sizes import ModelSizes, manifest_sizes, pooled_sizes
+from evermind_runtime.sizes import ModelSizes, StateSizes, manifest_sizes, pooled_sizes
 from evermind_runtime.trace import Trace, TraceStep, read_trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +49,17 @@ MACHINE = Machine(
 
 
 @st.composite
+def states(draw: st.DrawFn) -> StateSizes:
+    sizes = st.integers(0, 10**6)
+    return StateSizes(
+        fixed=draw(st.integers(0, 10**9)),
+        per_token=draw(sizes),
+        windows=tuple(draw(st.lists(st.tuples(sizes, st.integers(0, 10**4)), max_size=2))),
+        longest=draw(st.none() | st.integers(1, 10**7)),
+    )
+
+
+@st.composite
 def models(draw: st.DrawFn) -> ModelSizes:
     experts = draw(st.integers(1, 256))
     top_k = draw(st.integers(1, experts))
@@ -64,7 +75,7 @@ def models(draw: st.DrawFn) -> ModelSizes:
         layers=layers,
         resident_bytes=4 * trunk,
         active_resident_bytes=4 * active,
-        state_bytes=draw(st.integers(0, 10**10)),
+        state=draw(states()),
         total_parameters=trunk + len(layers) * experts * parameters,
         active_parameters=active + len(layers) * top_k * parameters,
         expert_parameters=len(layers) * experts * parameters,
@@ -148,7 +159,7 @@ def test_a_recommended_budget_fits_and_no_expert_more_would(sizes: ModelSizes, m
 
 def test_verdicts() -> None:
     layers = tuple(ExpertLayer(layer=at, experts=8, top_k=2, bytes=2**20) for at in range(4))
-    sizes = ModelSizes(layers, 2**20, 2**20, 0, 2**24, 2**22, 2**23, 5)
+    sizes = ModelSizes(layers, 2**20, 2**20, StateSizes(), 2**24, 2**22, 2**23, 5)
 
     def verdict(budget: int, memory: int = 2**40) -> str:
         return forecast(sizes, budget, MACHINE, Range(0.5, 0.5), memory=memory).verdict
@@ -165,7 +176,7 @@ def test_verdicts() -> None:
 def test_figures_are_those_of_the_formula() -> None:
     """By hand, from the formula's text."""
     layers = tuple(ExpertLayer(layer=at, experts=4, top_k=1, bytes=10**6) for at in range(2))
-    sizes = ModelSizes(layers, 3 * 10**6, 2 * 10**6, 0, 5 * 10**6, 10**6, 4 * 10**6, 3)
+    sizes = ModelSizes(layers, 3 * 10**6, 2 * 10**6, StateSizes(), 5 * 10**6, 10**6, 4 * 10**6, 3)
     one = forecast(sizes, 4 * 10**6, MACHINE, Range(0.5, 0.75))
     inputs: dict[str, float] = {
         "active_parameters": 10**6,
@@ -208,7 +219,7 @@ def test_the_skew_is_that_of_the_olmoe_trace() -> None:
 
 def test_a_trace_or_a_profile_says_more_than_the_range() -> None:
     trace = read_trace(OLMOE)
-    sizes = ModelSizes(trace.layers, 1, 1, 0, 1, 1, 1, 17)
+    sizes = ModelSizes(trace.layers, 1, 1, StateSizes(), 1, 1, 1, 17)
     budget = 256
     expected = replay(trace, "decayed", budget).hit_rate
     assert expected_hit_rate(sizes, budget, trace=trace) == Range(expected, expected)
@@ -222,7 +233,7 @@ def test_an_even_profile_serves_its_share() -> None:
     layers = tuple(ExpertLayer(layer=at, experts=4, top_k=2, bytes=7) for at in range(2))
     rows = ((0, 1), (2, 3))
     trace = Trace(layers, tuple(TraceStep(at, (row,)) for row in rows for at in range(2)))
-    sizes = ModelSizes(layers, 1, 1, 0, 1, 1, 1, 3)
+    sizes = ModelSizes(layers, 1, 1, StateSizes(), 1, 1, 1, 3)
     assert expected_hit_rate(sizes, 4 * 7, profile=profile_of(trace)).even == pytest.approx(0.5)
 
 
@@ -270,6 +281,41 @@ def test_pools_are_filled_when_the_package_is_opened(
     )
     assert other.ttft_seconds.even < one.ttft_seconds.even
     assert other.rss > one.rss
+
+
+@given(states(), st.integers(0, 10**13))
+def test_the_longest_context_is_what_just_fits(state: StateSizes, room: int) -> None:
+    tokens = state.tokens(room)
+    if tokens is None:
+        assert (state.longest, state.per_token) == (None, 0)
+        assert state.fixed + state.bounded <= room
+    elif state.bytes(0) > room:
+        assert tokens == 0
+    else:
+        assert state.bytes(tokens) <= room
+        assert tokens == state.longest or state.bytes(tokens + 1) > room
+
+
+def test_a_window_bounds_what_a_context_takes(golden_package: Callable[..., Path]) -> None:
+    with open_package(golden_package("lm_small")) as package:
+        manifest = package.manifest
+    rows = StateSpec(dtype="f32", shape=(1, 2, "C", 8), length="past", limit=50_000)
+    bounded = structs.replace(rows, length="past.128", limit=UNSET, window=128)
+    more = {"full": rows, "one": bounded, "other": bounded}
+    plan = structs.replace(manifest.plan, state={**manifest.plan.state, **more})
+    sizes = manifest_sizes(structs.replace(manifest, plan=plan), context=10**6)
+    assert sizes.context == sizes.state.longest == 50_000
+    row = 2 * 8 * 4
+    assert sizes.state.windows == ((2 * row, 128 - 1 + 64),)
+    assert sizes.state_bytes == sizes.state.fixed + row * 50_000 + 2 * row * 191
+    assert sizes.state.bytes(100) == sizes.state.fixed + 3 * row * 100
+    base = process_bytes(sizes, 0) - 2 * sizes.state_bytes
+    for tokens in (0, 1, 150, 40_000, 60_000):
+        memory = base + 2 * sizes.state.bytes(tokens)
+        assert forecast(sizes, 0, MACHINE, Range(0, 0), memory=memory).longest_context == min(
+            tokens, 50_000
+        )
+    assert forecast(sizes, 0, MACHINE, Range(0, 0), memory=1).longest_context == 0
 
 
 def test_a_state_that_grows_is_counted_for_the_context(

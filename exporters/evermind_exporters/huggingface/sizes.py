@@ -7,6 +7,7 @@ of, as it does for an import (`outline.py`); else the config's fields do (`archi
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from evermind_manifests.manifest import DType
 from evermind_manifests.shard import plan_shard
 from evermind_runtime.layers import ExpertLayer, slot_of
 from evermind_runtime.rows import window_rows
-from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, states_bytes
+from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, StateSizes, state_sizes
 
 from ..resident import Stored, TensorFile
 from .architecture import MOST_LAYERS, Counts, count_parameters
@@ -146,6 +147,7 @@ class _Model:
         longest = fields.count(
             "max_position_embeddings", "max_seq_len", default=DEFAULT_CONTEXT, least=1
         )
+        self._longest = longest
         self._context = context or min(DEFAULT_CONTEXT, longest)
         if self._context > longest:
             raise ConfigError(
@@ -166,7 +168,7 @@ class _Model:
             )
         ends = counts.embedding + counts.head + counts.norm
         matrices = counts.trunk - ends
-        sizes = _counted_sizes(counts, self._stored(), self._context)
+        sizes = _counted_sizes(counts, self._stored(), self._context, self._longest)
         return self._result(sizes, counts.experts, matrices, ends, notes)
 
     def outlined(self, found: Outline) -> ConfigSizes:
@@ -231,11 +233,12 @@ class _Model:
             ),
             resident_bytes=file.size,
             active_resident_bytes=round(file.size * active / max(1, trunk)),
-            state_bytes=states_bytes(found.states, self._context),
+            state=state_sizes(found.states),
             total_parameters=trunk + experts,
             active_parameters=active + routed,
             expert_parameters=experts,
             graph_runs=_graph_runs(len(found.modules)),
+            context=self._context,
         )
 
     def _result(
@@ -303,7 +306,7 @@ class _Model:
         return None
 
 
-def _counted_sizes(counts: Counts, stored: _Kept, context: int) -> ModelSizes:
+def _counted_sizes(counts: Counts, stored: _Kept, context: int, longest: int) -> ModelSizes:
     layers = []
     for number, layer in enumerate(counts.layers):
         if layer.experts:
@@ -318,10 +321,11 @@ def _counted_sizes(counts: Counts, stored: _Kept, context: int) -> ModelSizes:
                     bytes=slot_of(plan_shard("expert", "silu", tensors).bytes),
                 )
             )
-    state = sum(
-        layer.kept_per_token * min(context, window_rows(layer.window) if layer.window else context)
-        for layer in counts.layers
-    )
+    windows: Counter[int] = Counter()
+    for layer in counts.layers:
+        windows[layer.window] += layer.kept_per_token * _FLOAT
+    per_token = windows.pop(0, 0)
+    bounded = [(size, window_rows(window)) for window, size in sorted(windows.items())]
     ends = counts.embedding + counts.head + counts.norm
     matrix, other = ITEMSIZE[stored.matrices], ITEMSIZE[stored.others]
     resident = (counts.trunk - ends) * matrix + ends * other
@@ -330,11 +334,12 @@ def _counted_sizes(counts: Counts, stored: _Kept, context: int) -> ModelSizes:
         layers=tuple(layers),
         resident_bytes=resident,
         active_resident_bytes=resident - unread,
-        state_bytes=state * _FLOAT,
+        state=StateSizes(0, per_token, tuple(bounded), longest),
         total_parameters=counts.trunk + counts.experts,
         active_parameters=counts.active,
         expert_parameters=counts.experts,
         graph_runs=_graph_runs(len(layers)),
+        context=context,
     )
 
 
