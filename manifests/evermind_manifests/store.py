@@ -120,8 +120,12 @@ class DirectoryStore(Store):
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """See `Store.read_into`."""
-        with self._files.use(path) as fd:
+        # Written out: a small expert is read as fast as a `with` of a generator is run.
+        file, fd = self._files.acquire(path)
+        try:
             read_exactly(fd, offset, buffer, path)
+        finally:
+            file.release()
 
     def read(self, path: str, *, limit: int) -> bytes:
         """See `Store.read`."""
@@ -163,11 +167,11 @@ class DirectoryStore(Store):
 
 def read_exactly(fd: int, offset: int, buffer: memoryview, path: str) -> None:
     """Fill `buffer` from `offset` of a descriptor, however short the single reads are."""
-    view = buffer.cast("B")
+    view = rest = buffer.cast("B")
     done = 0
-    while done < len(view):
+    while rest:
         try:
-            count = os.preadv(fd, [view[done:]], offset + done)
+            count = os.preadv(fd, [rest], offset + done)
         except OSError as error:
             raise IntegrityError(f"{path}: {error.strerror} at byte {offset + done}") from error
         if count == 0:
@@ -176,6 +180,7 @@ def read_exactly(fd: int, offset: int, buffer: memoryview, path: str) -> None:
                 hint="The file is shorter than the manifest says: fetch or copy it again.",
             )
         done += count
+        rest = view[done:]
 
 
 def read_whole(fd: int, offset: int, size: int, path: str, limit: int) -> bytes:
@@ -203,7 +208,7 @@ class _OpenFiles:
 
     @contextmanager
     def use(self, path: str) -> Iterator[int]:
-        file, fd = self._acquire(path)
+        file, fd = self.acquire(path)
         try:
             yield fd
         finally:
@@ -216,7 +221,8 @@ class _OpenFiles:
                 file.close()
             self._files.clear()
 
-    def _acquire(self, path: str) -> tuple[Descriptor, int]:
+    def acquire(self, path: str) -> tuple[Descriptor, int]:
+        """The file, to be released once, and its number until then."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self._location}: the package is closed")

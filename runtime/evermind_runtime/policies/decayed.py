@@ -143,7 +143,8 @@ class _LayerHeat:
         """`expert` is resident, and no longer awaited."""
         self._resident.add(expert)
         self._awaited.discard(expert)
-        self._queue(expert)
+        if expert not in self._latest:
+            self._queue(expert)
         self.cached = None
 
     def removed(self, expert: int) -> None:
@@ -201,25 +202,24 @@ class _LayerHeat:
             heapq.heappush(self._heap, (self._heat.get(expert, -inf), expert))
 
     def _coldest_queued(self) -> tuple[float, int]:
-        heap = self._heap
+        heap, heats = self._heap, self._heat
         while heap:
             value, expert = heap[0]
-            heat = self._heat.get(expert, -inf)
             if not self._in_heap(expert):
                 heapq.heappop(heap)
                 self._queued.discard(expert)
-            elif heat != value:
-                heapq.heapreplace(heap, (heat, expert))
-            else:
+                continue
+            heat = heats.get(expert, -inf)
+            if heat == value:
                 return heat - self._now, expert
+            heapq.heapreplace(heap, (heat, expert))
         return inf, -1
 
     def _coldest_latest(self) -> tuple[float, int]:
-        return min(
-            (
-                (self._heat[expert] - self._now + _JUST_USED, expert)
-                for expert in self._latest & self._resident
-                if expert not in self._awaited and expert not in self._passed
-            ),
-            default=(inf, -1),
-        )
+        least = inf, -1
+        for expert in self._latest:
+            if expert in self._resident:
+                found = self._heat[expert] - self._now + _JUST_USED, expert
+                if found < least and expert not in self._awaited and expert not in self._passed:
+                    least = found
+        return least
