@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from evermind_manifests.manifest import ExpertsStep, Guess, Step
 
-from .devices import Slot, host_value, numpy_dtype
+from .devices import Place, Slot, host_value, numpy_dtype
 from .program import Engine, checked_ids, run_graph, without_zeros
 from .state import Array, State
 
@@ -40,6 +40,7 @@ class _BoundGuess:
     session: Any
     binding: ort.IOBinding
     ids: Array
+    copied: list[tuple[str, ort.OrtValue]]
 
 
 @dataclass(slots=True)
@@ -58,10 +59,12 @@ class _BoundStep:
     growing: list[tuple[str, str]]
     # Graph input, graph output and state, for each buffer.
     buffers: list[tuple[str, str, str]]
+    # Inputs in host memory that the device copies when they are bound.
+    copied: list[tuple[str, ort.OrtValue]]
     # For fused experts: what later layers will probably need, to be read while these run.
     guesses: list[_BoundGuess] = field(default_factory=list)
     # What each of `buffers` is bound to now.
-    filled: list[ort.OrtValue | None] = field(init=False)
+    filled: list[Place | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.filled = [None] * len(self.buffers)
@@ -86,6 +89,7 @@ class _BoundExperts:
     outputs: Array
     names: tuple[str, ...]
     growing: list[tuple[str, str]]
+    copied: list[tuple[str, ort.OrtValue]]
     bound: Slot | None = None
     guesses: list[_BoundGuess] = field(default_factory=list)
 
@@ -160,6 +164,8 @@ class BoundDecode:
         for step in self._sides[state.side]:
             for name, value in step.growing:
                 step.binding.bind_ortvalue_input(name, _value(state.grown[value].view()))
+            for name, copied in step.copied:
+                step.binding.bind_ortvalue_input(name, copied)
             if isinstance(step, _BoundExperts):
                 self._run_experts(step)
                 continue
@@ -192,12 +198,11 @@ class BoundDecode:
         for step in self._sides[self._state.side]:
             if isinstance(step, _BoundStep):
                 for at, (given, taken, name) in enumerate(step.buffers):
-                    value = self._state.buffers[name].value
-                    if step.filled[at] is not value:
+                    place = self._state.buffers[name].place
+                    if step.filled[at] is not place:
                         step.filled[at] = None
-                        step.binding.bind_ortvalue_input(given, value)
-                        step.binding.bind_ortvalue_output(taken, value)
-                        step.filled[at] = value
+                        place.bind(step.binding, given, taken)
+                        step.filled[at] = place
 
     def _run_experts(self, step: _BoundExperts) -> None:
         """As `run_program` does it, without those whose gate is 0.
@@ -237,6 +242,8 @@ class BoundDecode:
         pager = self._engine.pager
         for guess in step.guesses:
             if pager.guesses(guess.layer):
+                for name, copied in guess.copied:
+                    guess.binding.bind_ortvalue_input(name, copied)
                 run_graph(guess.graph, guess.session, guess.binding)
                 pager.guess(guess.layer, guess.ids[0].tolist())
 
@@ -284,14 +291,14 @@ class BoundDecode:
         session = self._engine.sessions.get(guess.graph)
         binding = session.io_binding()
         read = {**self._values, **self._state.sides[side]}
-        for name, value in guess.inputs.items():
-            binding.bind_ortvalue_input(name, _value(read[value]))
+        given = {name: read[value] for name, value in guess.inputs.items()}
+        copied = self._bind_inputs(binding, given)
         for name, tensor in guess.weights.items():
             binding.bind_ortvalue_input(name, self._engine.weight(tensor))
         (declared,) = [one for one in session.get_outputs() if one.name == guess.ids]
         ids = np.zeros(declared.shape, dtype=np.int64)
         binding.bind_ortvalue_output(guess.ids, _value(ids))
-        return _BoundGuess(guess.layer, guess.graph, session, binding, ids)
+        return _BoundGuess(guess.layer, guess.graph, session, binding, ids, copied)
 
     def _expert_output(self, step: ExpertsStep) -> Array:
         """Room for one token's `y`, as wide as the graph says, or as its input."""
@@ -306,12 +313,10 @@ class BoundDecode:
         session = engine.sessions.get(kind.graph)
         binding = session.io_binding()
         read = {**self._values, **self._state.sides[side]}
-        growing = []
-        for name, value in {"x": step.x, **step.inputs}.items():
-            if value in self._rows:
-                growing.append((name, value))
-            else:
-                binding.bind_ortvalue_input(name, _value(read[value]))
+        inputs = {"x": step.x, **step.inputs}
+        growing = [(name, value) for name, value in inputs.items() if value in self._rows]
+        given = {name: read[value] for name, value in inputs.items() if value not in self._rows}
+        copied = self._bind_inputs(binding, given)
         output = self._expert_output(step)
         binding.bind_ortvalue_output("y", _value(output))
         return _BoundExperts(
@@ -326,7 +331,17 @@ class BoundDecode:
             np.zeros((read[step.ids].shape[1], output.shape[1]), dtype=np.float32),
             tuple(spec.name for spec in kind.tensors),
             growing,
+            copied,
         )
+
+    def _bind_inputs(
+        self, binding: ort.IOBinding, given: Mapping[str, Array]
+    ) -> list[tuple[str, ort.OrtValue]]:
+        """Bind arrays whose content changes; those that are to be bound again before every run."""
+        values = [(name, _value(array)) for name, array in given.items()]
+        for name, value in values:
+            binding.bind_ortvalue_input(name, value)
+        return values if self._engine.sessions.device.copies else []
 
     def _bind(self, step: Step, side: int) -> _BoundStep | _BoundExperts:
         if isinstance(step, ExpertsStep):
@@ -339,9 +354,12 @@ class BoundDecode:
         growing = [(name, value) for name, value in step.inputs.items() if value in self._rows]
         filled = {value: name for name, value in step.outputs.items() if value in state.buffers}
         buffers = [(n, filled[value], value) for n, value in step.inputs.items() if value in filled]
-        for name, value in step.inputs.items():
-            if value not in self._rows and value not in filled:
-                binding.bind_ortvalue_input(name, _value(read[value]))
+        given = {
+            name: read[value]
+            for name, value in step.inputs.items()
+            if value not in self._rows and value not in filled
+        }
+        copied = self._bind_inputs(binding, given)
         for name, fixed in engine.fixed_inputs(step):
             binding.bind_ortvalue_input(name, fixed)
         for name, value in step.outputs.items():
@@ -349,14 +367,14 @@ class BoundDecode:
                 binding.bind_ortvalue_output(name, _value(written[value]))
         if step.experts is None:
             return _BoundStep(
-                step.graph, session, binding, -1, None, None, [], [], growing, buffers
+                step.graph, session, binding, -1, None, None, [], [], growing, buffers, copied
             )
         layer, ids = step.experts.layer, read[step.experts.ids]
         gates = read[step.experts.gates] if step.experts.gates else None
         names = engine.expert_inputs(layer, ids.shape[1])
         bound: list[Slot | None] = [None] * len(names)
         return _BoundStep(
-            step.graph, session, binding, layer, ids, gates, names, bound, growing, buffers
+            step.graph, session, binding, layer, ids, gates, names, bound, growing, buffers, copied
         )
 
 

@@ -60,14 +60,33 @@ class Slot(Protocol):
         """Bind the tensors of an expert of `kind`, in order, to these graph inputs."""
 
 
+class Place(Protocol):
+    """Where graphs read and write one buffer of a state."""
+
+    #: Whether what graphs wrote there is not in the buffer's array yet.
+    ahead: bool
+
+    def bind(self, binding: ort.IOBinding, given: str, taken: str) -> None:
+        """Bind it as the graph input `given` and the output `taken` both."""
+
+    def pull(self) -> None:
+        """Have in the array what graphs have written."""
+
+
 class Device(Protocol):
-    """What the pager and the sessions need to know of a device."""
+    """What the pager, the sessions and the states need to know of a device."""
 
     name: str
     providers: list[Any]
+    #: Whether a graph gets copies of its inputs in host memory, made when they are bound: what
+    #: changes is bound again then.
+    copies: bool
 
     def slots(self, size: int, most: int) -> Callable[[], Slot]:
         """Makes slots of `size` bytes, `most` of them at most, each allocated when asked for."""
+
+    def place(self, array: npt.NDArray[Any], dtype: DType) -> Place:
+        """Where graphs have a buffer that now holds what `array` (C-contiguous) does."""
 
 
 class CpuDevice:
@@ -76,11 +95,31 @@ class CpuDevice:
     def __init__(self) -> None:
         self.name = "cpu"
         self.providers: list[Any] = ["CPUExecutionProvider"]
+        self.copies = False
 
     def slots(self, size: int, most: int) -> Callable[[], Slot]:
         """Host memory, in pages of its own where it is read into directly."""
         memory = HostMemory(most * size)
         return lambda: CpuSlot(memory.take(size))
+
+    def place(self, array: npt.NDArray[Any], dtype: DType) -> Place:
+        """The array itself."""
+        return _HostPlace(host_value(array, dtype))
+
+
+class _HostPlace:
+    __slots__ = ("ahead", "value")
+
+    def __init__(self, value: ort.OrtValue) -> None:
+        self.ahead = False
+        self.value = value
+
+    def bind(self, binding: ort.IOBinding, given: str, taken: str) -> None:
+        binding.bind_ortvalue_input(given, self.value)
+        binding.bind_ortvalue_output(taken, self.value)
+
+    def pull(self) -> None:
+        self.ahead = False
 
 
 class CpuSlot:
@@ -131,7 +170,12 @@ class CudaDevice:
         self._index = index
         options = {"device_id": str(index), "arena_extend_strategy": "kSameAsRequested"}
         self.providers: list[Any] = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+        self.copies = True
         self._staging = _Staging()
+
+    def place(self, array: npt.NDArray[Any], dtype: DType) -> Place:
+        """Device memory with a copy of the array."""
+        return _CudaPlace(array, dtype, self._index)
 
     def slots(self, size: int, most: int) -> Callable[[], Slot]:
         """Device memory, filled through the staging buffers that all slots share."""
@@ -143,49 +187,87 @@ class _Staging:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[tuple[npt.NDArray[np.uint8], ort.OrtValue]] = []
+        self._idle: list[npt.NDArray[np.uint8]] = []
 
     @contextmanager
-    def borrow(self, size: int) -> Iterator[tuple[npt.NDArray[np.uint8], ort.OrtValue]]:
-        """A buffer and an OrtValue over it, nobody else's until the `with` ends."""
+    def borrow(self, size: int) -> Iterator[npt.NDArray[np.uint8]]:
+        """A buffer, nobody else's until the `with` ends."""
         with self._lock:
-            staged = self._idle.pop() if self._idle else None
-        if staged is None:
+            buffer = self._idle.pop() if self._idle else None
+        if buffer is None:
             buffer = HostMemory(size).take(size)
-            staged = buffer, host_value(buffer, "u8")
         try:
-            yield staged
+            yield buffer
         finally:
             with self._lock:
-                self._idle.append(staged)
+                self._idle.append(buffer)
+
+
+def _cuda_memory(size: int, index: int) -> ort.OrtValue:
+    return onnx_runtime.require().OrtValue.ortvalue_from_shape_and_type(
+        [size], np.uint8, "cuda", index
+    )
 
 
 class _CudaSlot:
     __slots__ = ("_index", "_memory", "_staging", "bytes", "pins", "valid")
 
     def __init__(self, size: int, staging: _Staging, index: int) -> None:
-        OrtValue = onnx_runtime.require().OrtValue
         self.bytes = size
         self.pins = 0
         self.valid = False
         self._index = index
         self._staging = staging
-        self._memory = OrtValue.ortvalue_from_shape_and_type([size], np.uint8, "cuda", index)
+        self._memory = _cuda_memory(size, index)
 
     @contextmanager
     def filling(self) -> Iterator[memoryview]:
         """A staging buffer; what it holds is on the device when the `with` has ended."""
-        with self._staging.borrow(self.bytes) as (buffer, value):
+        with self._staging.borrow(self.bytes) as buffer:
             yield buffer.data
-            onnx_runtime.require().copy_tensors([value], [self._memory])
+            self._memory.update_inplace(buffer)
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
         base = self._memory.data_ptr()
         for name, spec in zip(names, kind.tensors, strict=True):
-            dtype = _ONNX_BFLOAT16 if spec.dtype == "bf16" else _NUMPY[spec.dtype]
             binding.bind_input(
-                name, "cuda", self._index, dtype, list(spec.shape), base + spec.offset
+                name,
+                "cuda",
+                self._index,
+                _element(spec.dtype),
+                list(spec.shape),
+                base + spec.offset,
             )
+
+
+class _CudaPlace:
+    """Device memory for a buffer, as large as its array, which is what the host knows of it."""
+
+    __slots__ = ("_array", "_dtype", "_index", "_memory", "ahead")
+
+    def __init__(self, array: npt.NDArray[Any], dtype: DType, index: int) -> None:
+        self.ahead = False
+        self._array = array
+        self._dtype: DType = dtype
+        self._index = index
+        self._memory = _cuda_memory(array.nbytes, index)
+        self._memory.update_inplace(array.reshape(-1).view(np.uint8))
+
+    def bind(self, binding: ort.IOBinding, given: str, taken: str) -> None:
+        where = "cuda", self._index, _element(self._dtype)
+        shape, address = list(self._array.shape), self._memory.data_ptr()
+        binding.bind_input(given, *where, shape, address)
+        binding.bind_output(taken, *where, shape, address)
+
+    def pull(self) -> None:
+        if self.ahead:
+            self._array.reshape(-1).view(np.uint8)[...] = self._memory.numpy()
+            self.ahead = False
+
+
+def _element(dtype: DType) -> Any:
+    """What ONNX Runtime's bindings call `dtype`."""
+    return _ONNX_BFLOAT16 if dtype == "bf16" else _NUMPY[dtype]
 
 
 def open_device(name: str) -> CpuDevice | CudaDevice:

@@ -133,7 +133,7 @@ class Model:
 
     def new_state(self) -> State:
         """A fresh state for one sequence."""
-        return State(self.manifest.plan)
+        return State(self.manifest.plan, self._device)
 
     def forward(
         self,
@@ -392,7 +392,7 @@ class Model:
             )
 
     def _check_state(self, state: object) -> None:
-        if not isinstance(state, State) or not state.fits(self.manifest.plan):
+        if not isinstance(state, State) or not state.fits(self.manifest.plan, self._device.name):
             raise InputError(
                 f"state: expected a State of this package ({self.manifest.name}), "
                 f"found {'one of another' if isinstance(state, State) else type(state).__name__}"

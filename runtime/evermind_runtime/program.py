@@ -146,11 +146,12 @@ def run_program(
     state.check_room(count)
     # Before anything refers to the arrays: those that are outgrown are freed at once.
     state.reserve(count)
-    current = state.current
+    current = state.readable
+    kept = current.keys() | state.buffers.keys()
     board: dict[str, Array] = {**inputs, **current, **state.lengths}
     # What replaces the state does so for the next call: later steps read the old value.
     replaced: dict[str, Array] = {}
-    for step in needed_steps(steps, wanted, current):
+    for step in needed_steps(steps, wanted, kept):
         if isinstance(step, GraphStep):
             values = _run_graph(engine, step, board, state)
             if step.pools:
@@ -220,17 +221,17 @@ def _run_graph(
     session = engine.sessions.get(step.graph)
     binding = session.io_binding()
     for name, value in step.inputs.items():
-        if value in state.buffers:
-            binding.bind_ortvalue_input(name, state.buffers[value].value)
-        else:
+        if value not in state.buffers:
             binding.bind_cpu_input(name, np.ascontiguousarray(board[value]))
     for name, fixed in engine.fixed_inputs(step):
         binding.bind_ortvalue_input(name, fixed)
     given = {name: value for name, value in step.outputs.items() if value not in state.buffers}
     for name in given:  # first: outputs come in the order in which they are bound
         binding.bind_output(name, "cpu")
-    for name in step.outputs.keys() - given.keys():
-        binding.bind_ortvalue_output(name, state.buffers[step.outputs[name]].value)
+    taken = {value: name for name, value in step.outputs.items() if value in state.buffers}
+    for name, value in step.inputs.items():
+        if value in taken:
+            state.buffers[value].place.bind(binding, name, taken[value])
     if step.experts is None:
         run_graph(step.graph, session, binding)
     else:

@@ -9,16 +9,13 @@ that was saved, copied or rewound goes on with the same numbers in the same plac
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.manifest import StateSpec
 
-from .devices import host_value, numpy_dtype
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from .devices import CpuDevice, Device, Place, numpy_dtype
 
 Array = npt.NDArray[Any]
 
@@ -43,12 +40,15 @@ def window_rows(window: int) -> int:
 class Rows:
     """The rows so far, the first `count` along one axis of an array.
 
-    A graph may read and write the array in place. Whatever breaks off a call, even Ctrl-C, leaves
+    A graph may read and write the array in place, or, on another device, a copy of it, which is
+    fetched when the host needs it. Whatever breaks off a call, even Ctrl-C, leaves
     the rows as they were, or without those that have left the window.
     """
 
-    def __init__(self, spec: StateSpec) -> None:
-        """No rows yet."""
+    def __init__(self, spec: StateSpec, device: Device | None = None) -> None:
+        """No rows yet. Graphs have them on the `device`, by default in host memory."""
+        self._device = device or CpuDevice()
+        self._dtype = spec.dtype
         self._axis = spec.axis
         self._kept = sys.maxsize
         self._most = spec.limit or sys.maxsize
@@ -66,28 +66,36 @@ class Rows:
         return self._settled().count
 
     @property
-    def value(self) -> ort.OrtValue:
-        """The whole array, filled or not, to be read and written in place."""
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array, filled or not."""
+        return self._settled().array.shape
+
+    @property
+    def place(self) -> Place:
+        """Where graphs read and write the whole array, filled or not; another if it has moved."""
         held = self._settled()
-        if held.value is None:
-            held.value = host_value(held.array, "f32")
-        return held.value
+        if held.place is None:
+            held.place = self._device.place(held.array, self._dtype)
+        return held.place
 
     def view(self) -> Array:
         """The rows so far."""
-        held = self._settled()
+        held = self._on_host()
         return held.array[self._span(0, held.count)]
 
     def append(self, rows: Array) -> None:
         """Add `rows`, as many as their shape says."""
         more = rows.shape[self._axis]
         self.reserve(more)
-        begin = self._held.count
-        self._held.array[self._span(begin, begin + more)] = rows
-        self._held.count += more
+        held = self._on_host()
+        held.place = None
+        held.array[self._span(held.count, held.count + more)] = rows
+        held.count += more
 
     def fill(self, rows: int) -> None:
         """That many more are there, written by a graph."""
+        if self._held.place is not None:
+            self._held.place.ahead = True
         self._held.count += rows
 
     def clear(self) -> None:
@@ -100,8 +108,10 @@ class Rows:
         forget = held.count - self._kept if self._window and held.count > self._most else 0
         count, room = held.count - forget, held.array.shape[self._axis]
         needed = max(count + rows, min(2 * room, self._most))
+        if forget or count + rows > room:
+            held = self._on_host()
         if forget and not self._marked and count + rows <= room <= 2 * needed:
-            self._held = _Held(held.array, held.count, held.value, forget)
+            self._held = _Held(held.array, held.count, None, forget)
             self._settled()
         elif forget or count + rows > room:
             shape = list(held.array.shape)
@@ -116,6 +126,7 @@ class Rows:
         held = self._settled()
         if not self._window or not held.count:
             return None, held.count
+        self._on_host()
         self._marked = True
         return held.array, held.count
 
@@ -124,10 +135,17 @@ class Rows:
         array, count = mark
         held = self._settled()
         if array is None or array is held.array:
-            self._held = _Held(held.array, count, held.value)
+            self._held = _Held(held.array, count, held.place)
         else:
             self._marked = True
             self._held = _Held(array, count)
+
+    def _on_host(self) -> _Held:
+        """What is held, with what graphs wrote elsewhere."""
+        held = self._settled()
+        if held.place is not None:
+            held.place.pull()
+        return held
 
     def _settled(self) -> _Held:
         """What is held, once a move that was begun has come to its end.
@@ -142,7 +160,7 @@ class Rows:
                 held.array[self._span(held.moved, held.moved + more)] = rows
                 held.moved += more
             else:
-                self._held = _Held(held.array, held.count - held.forget, held.value)
+                self._held = _Held(held.array, held.count - held.forget, held.place)
         return held
 
     def _span(self, begin: int, end: int) -> tuple[slice, ...]:
@@ -155,14 +173,14 @@ class _Held:
     `moved` rows behind those are at the front already.
     """
 
-    __slots__ = ("array", "count", "forget", "moved", "value")
+    __slots__ = ("array", "count", "forget", "moved", "place")
 
     def __init__(
-        self, array: Array, count: int, value: ort.OrtValue | None = None, forget: int = 0
+        self, array: Array, count: int, place: Place | None = None, forget: int = 0
     ) -> None:
         self.array = array
         self.count = count
-        self.value = value
+        self.place = place
         self.forget = forget
         self.moved = 0
 

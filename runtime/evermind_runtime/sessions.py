@@ -24,7 +24,7 @@ class Sessions:
     def __init__(self, package: Package, resident: Resident, device: Device) -> None:
         self._package = package
         self._resident = resident
-        self._device = device
+        self.device = device
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
 
@@ -64,7 +64,7 @@ class Sessions:
                 [resident.location], [resident.buffer], [resident.buffer.nbytes]
             )
         try:
-            return ort.InferenceSession(model, options, providers=self._device.providers)
+            return ort.InferenceSession(model, options, providers=self.device.providers)
         except Exception as error:
             raise UnsupportedError(
                 f"{path}: ONNX Runtime {ort.__version__} cannot run this graph: {error}"

@@ -9,7 +9,7 @@ import numpy as np
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import Plan, StateSpec
 
-from .devices import numpy_dtype
+from .devices import CpuDevice, Device, numpy_dtype
 from .rows import Array as Array
 from .rows import Rows, shape_of
 
@@ -36,12 +36,16 @@ class State:
     and forgets what has left a window.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        """A fresh state: every value filled with its `init`, those that grow without rows."""
+    def __init__(self, plan: Plan, device: Device | None = None) -> None:
+        """A fresh state: every value filled with its `init`, those that grow without rows.
+
+        Graphs have its buffers on `device`, by default in host memory.
+        """
         self._specs = plan.state
+        self._device = device or CpuDevice()
         self.sides: tuple[dict[str, Array], dict[str, Array]] = (self._filled(), self._filled())
         self.side = 0
-        self.grown, self.buffers = _rows(plan.state)
+        self.grown, self.buffers = _rows(plan.state, self._device)
         #: How many rows of buffers are filled, as the blackboard has it.
         self.lengths: dict[str, Array] = {name: np.zeros(1, np.int64) for name in plan.lengths}
         # The decode executor keeps its bindings to these arrays here.
@@ -53,8 +57,12 @@ class State:
 
         Of buffers the filled rows.
         """
-        rows = {**self.grown, **self.buffers}
-        return self.sides[self.side] | {name: one.view() for name, one in rows.items()}
+        return self.readable | {name: one.view() for name, one in self.buffers.items()}
+
+    @property
+    def readable(self) -> dict[str, Array]:
+        """The same without buffers, which graphs have where they are."""
+        return self.sides[self.side] | {name: one.view() for name, one in self.grown.items()}
 
     def flip(self) -> None:
         """Make what was written last current."""
@@ -130,9 +138,9 @@ class State:
                     hint="Start a new state, with fewer of the earlier tokens.",
                 )
 
-    def fits(self, plan: Plan) -> bool:
-        """Whether this is a state of that plan: the same names, dtypes and shapes."""
-        return self._specs == plan.state
+    def fits(self, plan: Plan, device: str) -> bool:
+        """Whether this is a state of that plan (the same names, dtypes and shapes) and device."""
+        return self._specs == plan.state and self._device.name == device
 
     @property
     def fresh(self) -> bool:
@@ -149,7 +157,8 @@ class State:
         twin._specs = self._specs
         twin.sides = (twin._filled(), twin._filled())
         twin.side = 0
-        twin.grown, twin.buffers = _rows(self._specs)
+        twin._device = self._device
+        twin.grown, twin.buffers = _rows(self._specs, self._device)
         twin.lengths = {name: np.zeros(1, np.int64) for name in self.lengths}
         twin.bindings = None
         twin._take(self.current)
@@ -230,10 +239,13 @@ class State:
         }
 
 
-def _rows(specs: Mapping[str, StateSpec]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+def _rows(
+    specs: Mapping[str, StateSpec], device: Device
+) -> tuple[dict[str, Rows], dict[str, Rows]]:
     """Those that the runtime appends to, and the buffers; all empty."""
-    grown = {n: Rows(spec) for n, spec in specs.items() if spec.grows and not spec.is_buffer}
-    return grown, {name: Rows(spec) for name, spec in specs.items() if spec.is_buffer}
+    rows = {name: Rows(spec, device) for name, spec in specs.items() if spec.grows}
+    buffers = {name: one for name, one in rows.items() if specs[name].is_buffer}
+    return {name: one for name, one in rows.items() if name not in buffers}, buffers
 
 
 def _dims(spec: StateSpec) -> str:

@@ -143,12 +143,12 @@ def test_nothing_moves_but_to_grow(model: Any) -> None:
     values = []  # kept, so that each has an identity of its own
     for row in range(LIMIT):
         model.decode({"x": X[row : row + 1]}, state)
-        value = state.buffers["h"].value
+        value = state.buffers["h"].place.value
         places.setdefault(id(value), set()).add(value.data_ptr())
         values.append(value)
     # 64, 128, 256 rows, the limit
     assert [len(pointers) for pointers in places.values()] == [1] * 4
-    assert state.buffers["h"].value.shape() == [1, LIMIT, D]
+    assert state.buffers["h"].shape == (1, LIMIT, D)
     np.testing.assert_array_equal(state.save()["h"], X[None])
 
 
@@ -224,8 +224,8 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
 def test_room_begins_small_and_never_exceeds_the_limit() -> None:
     large = StateSpec(dtype="f32", shape=("C", D), limit=10**6, length="so_far")
     small = StateSpec(dtype="f32", shape=("C", D), limit=5, length="so_far")
-    assert State(_plan({"h": large})).buffers["h"].value.shape() == [FIRST_ROWS, D]
-    assert State(_plan({"h": small})).buffers["h"].value.shape() == [5, D]
+    assert State(_plan({"h": large})).buffers["h"].shape == (FIRST_ROWS, D)
+    assert State(_plan({"h": small})).buffers["h"].shape == (5, D)
 
 
 def _plan(states: dict[str, StateSpec]) -> Plan:

@@ -40,9 +40,9 @@ def test_cuda_generates_the_same_tokens(lm_package: Path) -> None:
 
 def test_readers_at_work_at_once_have_staging_buffers_of_their_own() -> None:
     staging = _Staging()
-    with staging.borrow(4096) as (one, _), staging.borrow(4096) as (other, _):
+    with staging.borrow(4096) as one, staging.borrow(4096) as other:
         assert not np.shares_memory(one, other)
-    with staging.borrow(4096) as (again, _):
+    with staging.borrow(4096) as again:
         assert np.shares_memory(again, one) or np.shares_memory(again, other)
 
 

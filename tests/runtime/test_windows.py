@@ -117,7 +117,7 @@ def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def room(state: State) -> int:
-    return int(state.buffers["h"].value.shape()[1])
+    return int(state.buffers["h"].shape[1])
 
 
 def tokens(state: State) -> int:
@@ -307,7 +307,7 @@ def test_a_state_without_what_a_window_needs_is_refused(
 def test_room_begins_small() -> None:
     for window in (1, 10_000):
         spec = StateSpec(dtype="f32", shape=("C", D), length="rows", window=window)
-        assert Rows(spec).value.shape() == [FIRST_ROWS, D]
+        assert Rows(spec).shape == (FIRST_ROWS, D)
 
 
 def _more_states(plan: Any) -> None:
