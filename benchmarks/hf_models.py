@@ -1,20 +1,25 @@
-"""A random Qwen3-MoE checkpoint, and the same weights as the GGUF file that llama.cpp reads.
+"""Random Hugging Face checkpoints, and one's weights as the GGUF file that llama.cpp reads.
 
-Every weight is one that bfloat16 and float16 both hold exactly, so that no side computes with
-other weights than another, whatever it stores.
+They are written tensor by tensor: no process holds more of one than a matrix. Every weight is one
+that bfloat16 and float16 both hold exactly, so that no side computes with other weights than
+another, whatever it stores.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .common import random_values
 
 DType = np.dtype[Any]
+#: The configuration, and the shapes of all tensors by name.
+Form: TypeAlias = "tuple[dict[str, Any], dict[str, tuple[int, ...]]]"
 
 MID = {
     "vocabulary": 32000, "width": 512, "layers": 8, "heads": 8,
@@ -34,45 +39,129 @@ EPSILON, ROPE_BASE = 1e-6, 1e4
 _SCALE = 0.04
 # bfloat16 has 8 bits of precision; down to here float16 holds all of them.
 _LEAST = 2.0**-16
+_FILE_BYTES = 10**9
 
 
-def write_checkpoint(folder: str, dims: dict[str, int]) -> int:
-    """Save a float16 checkpoint as transformers does; returns how many parameters it has."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
+def write_checkpoint(
+    folder: str, dims: dict[str, int], form: str = "qwen3_moe", dtype: str = "f16"
+) -> int:
+    """A checkpoint of one of `FORMS` in files of about 1 GB; returns how many parameters it has."""
+    from evermind_exporters.resident import Stored, TensorFile
 
-    logging.disable_progress_bar()
-    config = Qwen3MoeConfig(
-        vocab_size=dims["vocabulary"],
-        hidden_size=dims["width"],
-        num_hidden_layers=dims["layers"],
-        num_attention_heads=dims["heads"],
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_WIDTH,
-        intermediate_size=dims["hidden"],
-        moe_intermediate_size=dims["hidden"],
-        num_experts=dims["experts"],
-        num_experts_per_tok=dims["top_k"],
-        norm_topk_prob=True,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
-        tie_word_embeddings=False,
-        dtype=torch.float16,
-    )
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config)
-    model = model.to(torch.float16).to_empty(device="cpu")
-    with torch.no_grad():
-        for seed, (name, one) in enumerate(model.named_parameters()):
-            if "norm" in name:
-                one.fill_(1)
-                continue
-            values = torch.from_numpy(random_values(tuple(one.shape), seed, _SCALE))
-            one.copy_(values.masked_fill_(values.abs() < _LEAST, 0).to(torch.bfloat16))
-    model.save_pretrained(folder)
-    return sum(one.numel() for one in model.parameters())
+    path = Path(folder)
+    path.mkdir()
+    config, shapes = FORMS[form](dims)
+    files: list[dict[str, Stored]] = [{}]
+    room = _FILE_BYTES
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        if size > room and files[-1]:
+            files.append({})
+            room = _FILE_BYTES
+        files[-1][name] = Stored(dtype, shape)  # type: ignore[arg-type]
+        room -= size
+    seeds = {name: seed for seed, name in enumerate(shapes)}
+
+    def read(name: str) -> Iterator[bytes]:
+        yield _stored(shapes[name], seeds[name], dtype).tobytes()
+
+    places: dict[str, str] = {}
+    for number, tensors in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        places |= dict.fromkeys(tensors, file)
+        with (path / file).open("wb") as output:
+            for part in TensorFile(tensors).parts(read):
+                output.write(part)
+    total = sum(map(math.prod, shapes.values()))
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": places}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config["torch_dtype"] = {"f16": "float16", "bf16": "bfloat16"}[dtype]
+    (path / "config.json").write_text(json.dumps(config))
+    return total
+
+
+def _stored(shape: tuple[int, ...], seed: int, dtype: str) -> np.ndarray[Any, DType]:
+    """Random weights as stored; vectors, which are norms, are 1."""
+    if len(shape) == 1:
+        values = np.ones(shape, np.float32)
+    else:
+        values = random_values(shape, seed, _SCALE)
+        values[np.abs(values) < _LEAST] = 0
+    high = values.view(np.uint32) >> np.uint32(16)
+    if dtype == "bf16":
+        return high.astype(np.uint16)
+    return (high << np.uint32(16)).view(np.float32).astype(np.float16)
+
+
+def _qwen3_moe(dims: dict[str, int]) -> Form:
+    config = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_WIDTH,
+        "moe_intermediate_size": dims["hidden"],
+        "norm_topk_prob": True,
+        "rms_norm_eps": EPSILON,
+    }
+    inner, outer = dims["heads"] * HEAD_WIDTH, KV_HEADS * HEAD_WIDTH
+    return _form(config, dims, (inner, outer), (HEAD_WIDTH, HEAD_WIDTH))
+
+
+def _olmoe(dims: dict[str, int]) -> Form:
+    config = {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "num_key_value_heads": dims["heads"],
+        "norm_topk_prob": False,
+        "rms_norm_eps": 1e-5,
+    }
+    width = dims["width"]
+    return _form(config, dims, (width, width), (width, width))
+
+
+FORMS = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe}
+
+
+def _form(
+    config: dict[str, Any], dims: dict[str, int], heads: tuple[int, int], norms: tuple[int, int]
+) -> Form:
+    """Configuration, and every tensor in the order of the files.
+
+    `heads` are the widths of all queries and of all keys, `norms` those of their norms.
+    """
+    width, hidden = dims["width"], dims["hidden"]
+    queries, keys = heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (dims["vocabulary"], width)}
+    for layer in range(dims["layers"]):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.self_attn.q_proj.weight"] = queries, width
+        shapes[f"{prefix}.self_attn.k_proj.weight"] = keys, width
+        shapes[f"{prefix}.self_attn.v_proj.weight"] = keys, width
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = width, queries
+        shapes[f"{prefix}.self_attn.q_norm.weight"] = (norms[0],)
+        shapes[f"{prefix}.self_attn.k_norm.weight"] = (norms[1],)
+        shapes[f"{prefix}.input_layernorm.weight"] = (width,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
+        shapes[f"{prefix}.mlp.gate.weight"] = dims["experts"], width
+        for expert in range(dims["experts"]):
+            place = f"{prefix}.mlp.experts.{expert}"
+            shapes[f"{place}.gate_proj.weight"] = hidden, width
+            shapes[f"{place}.up_proj.weight"] = hidden, width
+            shapes[f"{place}.down_proj.weight"] = width, hidden
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (dims["vocabulary"], width)}
+    config |= {
+        "vocab_size": dims["vocabulary"],
+        "hidden_size": width,
+        "num_hidden_layers": dims["layers"],
+        "num_attention_heads": dims["heads"],
+        "intermediate_size": hidden,
+        "num_experts": dims["experts"],
+        "num_experts_per_tok": dims["top_k"],
+        "max_position_embeddings": CONTEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+        "tie_word_embeddings": False,
+    }
+    return config, shapes
 
 
 def write_gguf(folder: str, file: str, dims: dict[str, int]) -> None:

@@ -1,18 +1,15 @@
 """Importing a Hugging Face checkpoint of a billion parameters: memory and speed, and running it.
 
-The checkpoint is random, of OLMoE's form, and written here tensor by tensor: no process holds
-more of it than a matrix.
+The checkpoint is random and of OLMoE's form.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,10 @@ from .common import (
     folder_bytes,
     fresh,
     peak_bytes,
-    random_values,
     resident_bytes,
     run,
 )
+from .hf_models import write_checkpoint
 
 LARGE = {
     "vocabulary": 50304, "width": 1024, "layers": 12, "heads": 16,
@@ -40,14 +37,13 @@ SMALL = {
 }  # fmt: skip
 ALLOWED = 500 * 10**6
 PROMPT, NEW_TOKENS = 64, 64
-_FILE_BYTES = 10**9
 
 
 def measure(quick: bool) -> Report:
     dims = SMALL if quick else LARGE
     with tempfile.TemporaryDirectory() as folder:
         source, package = Path(folder) / "checkpoint", Path(folder) / "package"
-        parameters = fresh(write_checkpoint, folder=source, dims=dims)
+        parameters = fresh(write_checkpoint, folder=source, dims=dims, form="olmoe", dtype="bf16")
         made = fresh(convert, source=source, package=package)
         size = folder_bytes(source)
         ran = {
@@ -122,46 +118,6 @@ def measure(quick: bool) -> Report:
     )
 
 
-def write_checkpoint(folder: str, dims: dict[str, int]) -> int:
-    """A bfloat16 checkpoint in files of about 1 GB; returns how many parameters it has."""
-    from evermind_exporters.resident import Stored, TensorFile
-
-    path = Path(folder)
-    path.mkdir()
-    shapes = _shapes(dims)
-    files: list[dict[str, Stored]] = [{}]
-    room = _FILE_BYTES
-    for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape))
-        if size > room and files[-1]:
-            files.append({})
-            room = _FILE_BYTES
-        files[-1][name] = Stored("bf16", shape)
-        room -= size
-    seeds = {name: seed for seed, name in enumerate(shapes)}
-
-    def read(name: str) -> Iterator[bytes]:
-        shape = shapes[name]
-        if len(shape) == 1:
-            values = np.ones(shape, np.float32)
-        else:
-            values = random_values(shape, seeds[name], shape[-1] ** -0.5)
-        yield (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes()
-
-    places = {}
-    for number, tensors in enumerate(files, 1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        places |= dict.fromkeys(tensors, file)
-        with (path / file).open("wb") as output:
-            for part in TensorFile(tensors).parts(read):
-                output.write(part)
-    total = sum(int(np.prod(shape)) for shape in shapes.values())
-    index = {"metadata": {"total_size": 2 * total}, "weight_map": places}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (path / "config.json").write_text(json.dumps(_config(dims)))
-    return total
-
-
 def convert(source: str, package: str) -> dict[str, Any]:
     """Import it in this process: seconds, and memory stage by stage."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -208,46 +164,6 @@ def generate(package: str, budget: str, threads: int) -> dict[str, Any]:
             "peak": peak_bytes(),
             "plan": model.plan.name,
         }
-
-
-def _shapes(dims: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an OLMoE checkpoint, in the order of its files."""
-    width, hidden = dims["width"], dims["hidden"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (dims["vocabulary"], width)}
-    for layer in range(dims["layers"]):
-        prefix = f"model.layers.{layer}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{prefix}.self_attn.{name}.weight"] = width, width
-        for name in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm"):
-            shapes[f"{prefix}.{name}.weight"] = (width,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
-        shapes[f"{prefix}.mlp.gate.weight"] = dims["experts"], width
-        for expert in range(dims["experts"]):
-            shapes[f"{prefix}.mlp.experts.{expert}.gate_proj.weight"] = hidden, width
-            shapes[f"{prefix}.mlp.experts.{expert}.up_proj.weight"] = hidden, width
-            shapes[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = width, hidden
-    return {**shapes, "model.norm.weight": (width,), "lm_head.weight": (dims["vocabulary"], width)}
-
-
-def _config(dims: dict[str, int]) -> dict[str, Any]:
-    return {
-        "model_type": "olmoe",
-        "architectures": ["OlmoeForCausalLM"],
-        "vocab_size": dims["vocabulary"],
-        "hidden_size": dims["width"],
-        "num_hidden_layers": dims["layers"],
-        "num_attention_heads": dims["heads"],
-        "num_key_value_heads": dims["heads"],
-        "intermediate_size": dims["hidden"],
-        "num_experts": dims["experts"],
-        "num_experts_per_tok": dims["top_k"],
-        "norm_topk_prob": False,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
 
 
 if __name__ == "__main__":
