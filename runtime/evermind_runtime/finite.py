@@ -38,6 +38,8 @@ class FiniteCheck:
         States first: what became of an output begins there. The inputs are looked at only to
         tell the cause.
         """
+        if not self._states and not self._outputs:
+            return
         with np.errstate(over="ignore", invalid="ignore"):
             for name, cause in self._states.items():
                 if name in values and not _finite(values[name]):

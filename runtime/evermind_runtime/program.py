@@ -24,7 +24,7 @@ from .observer import Observer
 from .pager import Pager
 from .pools import Pools
 from .resident import Resident
-from .served import ServedTokens
+from .served import Served, ServedTokens
 from .sessions import Sessions
 from .state import Array, State
 
@@ -112,12 +112,16 @@ class Engine:
     def served_one(self, ids: npt.NDArray[np.int64], gates: npt.NDArray[np.float32]) -> None:
         """A token went through the pooled decode program: count its routes, a row of
         `served_tokens`, when there are many, or before somebody looks."""
-        if not self.served_tokens.add(ids, gates) or self.pager.recorder:
-            self.count_served()
+        kept = self.served_tokens.add(ids, gates, keep=self.pager.recorder is None)
+        if kept is not None:
+            self._count(kept)
 
     def count_served(self) -> None:
         """Count what has been served so far."""
-        ids, gates = self.served_tokens.take()
+        self._count(self.served_tokens.take())
+
+    def _count(self, served: Served) -> None:
+        ids, gates = served
         if len(ids):
             spans = self.served_tokens.spans
             self.served([(at, ids[:, span], gates[:, span]) for at, span in spans.items()])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-# Counting takes some 10 us a layer however many tokens there are.
-_TOKENS = 128
+# Counting takes some 50 us a layer however many tokens there are.
+_BYTES = 64 * 1024
+_LEAST_TOKENS = 32
+
+#: Expert ids and their gates, `(tokens, width)`, oldest token first.
+Served: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 class ServedTokens:
@@ -24,22 +29,34 @@ class ServedTokens:
             for (layer, width), end in zip(widths.items(), ends, strict=True)
         }
         self.width = sum(widths.values())
+        #: How many tokens there is room for.
+        self.most = max(_LEAST_TOKENS, _BYTES // max(1, self.width * 12))
         self._lock = threading.Lock()
-        self._ids = np.empty((_TOKENS, self.width), dtype=np.int64)
-        self._gates = np.empty((_TOKENS, self.width), dtype=np.float32)
+        self._ids = np.empty((self.most, self.width), dtype=np.int64)
+        self._gates = np.empty((self.most, self.width), dtype=np.float32)
         self._count = 0
 
-    def add(self, ids: npt.NDArray[np.int64], gates: npt.NDArray[np.float32]) -> bool:
-        """Keep one token's `ids` and `gates`, `(width,)`; whether there is room for another."""
+    def add(
+        self, ids: npt.NDArray[np.int64], gates: npt.NDArray[np.float32], *, keep: bool
+    ) -> Served | None:
+        """Keep one token's `ids` and `gates`, `(width,)`.
+
+        All that was kept, and nothing of it is any longer, once there is no room for another
+        or if this is not to be kept; else `None`.
+        """
         with self._lock:
             at = self._count
-            self._ids[at], self._gates[at] = ids, gates
+            self._ids[at] = ids
+            self._gates[at] = gates
             self._count = at + 1
-            return at + 1 < _TOKENS
+            return None if keep and at + 1 < self.most else self._take()
 
-    def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """What was kept, `(tokens, width)`, oldest first; nothing of it is kept any longer."""
+    def take(self) -> Served:
+        """What was kept; nothing of it is any longer."""
         with self._lock:
-            kept = self._ids[: self._count].copy(), self._gates[: self._count].copy()
-            self._count = 0
-            return kept
+            return self._take()
+
+    def _take(self) -> Served:
+        kept = self._ids[: self._count].copy(), self._gates[: self._count].copy()
+        self._count = 0
+        return kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,16 @@ def test_routes_are_counted_and_recorded_all_the_same(package: Path, tmp_path: P
     np.testing.assert_allclose(mass[0], mass[1], rtol=1e-4)
 
 
-def test_what_is_decoded_is_counted_when_somebody_looks(package: Path, tmp_path: Path) -> None:
+def test_what_is_decoded_is_counted_when_somebody_looks(lm_package: Path, tmp_path: Path) -> None:
     token = {"tokens": np.array([3])}
-    with em.load(package, plan="resident") as model, em.load(package, plan="half") as half:
+    with em.load(lm_package, plan="resident") as model, em.load(lm_package, plan="half") as half:
         states = model.new_state(), half.new_state()
-        for made in range(1, 300):
+        most = model._engine.served_tokens.most
+        looks = {1, most, most + 1}
+        for made in range(1, max(looks) + 1):
             model.decode(token, states[0])
             half.decode(token, states[1])
-            if made in (1, 127, 128, 129, 299):
+            if made in looks:
                 counts = [
                     [[e.tokens for e in layer.experts] for layer in one.introspect().layers]
                     for one in (model, half)
@@ -111,6 +115,25 @@ def test_what_is_decoded_is_counted_when_somebody_looks(package: Path, tmp_path:
         model.decode(token, states[0])
     steps = read_trace(tmp_path / "trace").steps
     assert [(step.layer, len(step.tokens)) for step in steps] == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_several_threads_are_counted_together(lm_package: Path) -> None:
+    with em.load(lm_package, plan="resident") as model:
+        count = 2 * model._engine.served_tokens.most // 3
+        start = threading.Barrier(4)
+
+        def decode() -> None:
+            state = model.new_state()
+            start.wait()
+            for _ in range(count):
+                model.decode({"tokens": np.array([3])}, state)
+
+        with ThreadPoolExecutor(4) as threads:
+            for done in [threads.submit(decode) for _ in range(4)]:
+                done.result()
+        used = [sum(e.tokens for e in layer.experts) for layer in model.introspect().layers]
+        assert used == [4 * count * 2] * 3
+        assert model.stats().expert_hits == sum(used)
 
 
 def test_the_budget_decides(lm_package: Path, manifest: Manifest) -> None:
