@@ -17,6 +17,7 @@ from evermind_manifests.manifest import ExpertsStep, Guess, Step
 
 from .devices import Place, Slot, host_value, numpy_dtype
 from .program import Engine, checked_ids, run_graph, without_zeros
+from .side_by_side import SideBySide
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class _BoundExperts:
     """An experts step: the kind's graph with one token bound, and what it is bound to now.
 
     `ids`, `gates` and `y` are bound buffers, `output` is what one expert gives; `outputs` has
-    room for what all of a token's give.
+    room for what all of a token's give. `given` is what the graph takes beside the weights, but
+    for what grows.
     """
 
     step: ExpertsStep
@@ -88,6 +90,7 @@ class _BoundExperts:
     output: Array
     outputs: Array
     names: tuple[str, ...]
+    given: Mapping[str, Array]
     growing: list[tuple[str, str]]
     copied: list[tuple[str, ort.OrtValue]]
     bound: Slot | None = None
@@ -224,18 +227,31 @@ class BoundDecode:
         in_order = sorted(chosen)
         groups = pager.expect(layer, in_order)
         self._guess(step)
+        if layer in engine.side_by_side:
+            given = {**step.given, **{n: self._state.grown[v].view() for n, v in step.growing}}
+            values = {name: _value(array) for name, array in given.items()}
+            beside = SideBySide(pager, layer, engine.kinds[layer], step.session, values)
+            for expert, output in beside.run(groups).items():
+                step.outputs[in_order.index(expert)] = output[0]
+        else:
+            self._run_in_turn(step, groups, in_order)
+        for place, expert in enumerate(in_order):
+            step.y += np.float32(chosen[expert]) * step.outputs[place]
+
+    def _run_in_turn(
+        self, step: _BoundExperts, groups: Sequence[Sequence[int]], in_order: list[int]
+    ) -> None:
+        layer = step.step.layer
         for group in groups:
-            with pager.acquire(layer, group) as slots:
+            with self._engine.pager.acquire(layer, group) as slots:
                 for expert, slot in zip(group, slots, strict=True):
                     if step.bound is not slot:
                         # Ctrl-C may leave some tensors of one bound, and some of the other.
                         step.bound = None
-                        slot.bind(step.binding, step.names, engine.kinds[layer])
+                        slot.bind(step.binding, step.names, self._engine.kinds[layer])
                         step.bound = slot
                     run_graph(step.graph, step.session, step.binding)
                     step.outputs[in_order.index(expert)] = step.output[0]
-        for place, expert in enumerate(in_order):
-            step.y += np.float32(chosen[expert]) * step.outputs[place]
 
     def _guess(self, step: _BoundStep | _BoundExperts) -> None:
         """Have read what later layers will probably need, while this step's experts run."""
@@ -330,6 +346,7 @@ class BoundDecode:
             output,
             np.zeros((read[step.ids].shape[1], output.shape[1]), dtype=np.float32),
             tuple(spec.name for spec in kind.tensors),
+            given,
             growing,
             copied,
         )

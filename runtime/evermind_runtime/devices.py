@@ -142,12 +142,16 @@ class CpuSlot:
         return self._filling
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
-        """See `Slot`; the values are views of the buffer, built once per kind."""
+        """See `Slot`."""
+        for name, value in zip(names, self.values(kind), strict=True):
+            binding.bind_ortvalue_input(name, value)
+
+    def values(self, kind: Kind) -> tuple[ort.OrtValue, ...]:
+        """The tensors of an expert of `kind`, views of the buffer that are built once."""
         values = self._values.get(id(kind))
         if values is None:
             values = self._values[id(kind)] = tuple(self._view(spec) for spec in kind.tensors)
-        for name, value in zip(names, values, strict=True):
-            binding.bind_ortvalue_input(name, value)
+        return values
 
     def _view(self, spec: TensorSpec) -> ort.OrtValue:
         part = self.buffer[spec.offset : spec.offset + spec.bytes]

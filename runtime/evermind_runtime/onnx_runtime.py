@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ _SAME_AS_REQUESTED = 1
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
+# Who has a thread of the pool for itself. A forked process has none of the threads.
+_workers_lock = threading.Lock()
+_workers_taken: weakref.WeakSet[object] = weakref.WeakSet()
+_pool_process: int | None = None
 
 
 def require() -> Any:
@@ -44,7 +49,7 @@ def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int
     By default that is what is `suited` to so many usable cores, all of them. Raises
     `DeviceError` when it already runs with another size than the one asked for.
     """
-    global _pool_threads
+    global _pool_threads, _pool_process
     cores = len(os.sched_getaffinity(0))
     if threads is not None and not 1 <= threads <= _MOST_PER_CORE * cores:
         raise DeviceError(
@@ -62,7 +67,7 @@ def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int
                     hint="Load the first package before this process creates an ONNX Runtime "
                     "session of its own.",
                 ) from error
-            _pool_threads = size
+            _pool_threads, _pool_process = size, os.getpid()
         elif threads not in (None, _pool_threads):
             raise DeviceError(
                 f"threads={threads} was asked for, but this process's pool already runs with "
@@ -71,6 +76,25 @@ def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int
                 "first load only.",
             )
         return _pool_threads
+
+
+def take_worker(taker: object) -> bool:
+    """Whether one of the pool's threads is free for `taker`'s `run_async`; the caller is none.
+
+    It is taken until `return_worker`, or until nothing refers to `taker`.
+    """
+    with _workers_lock:
+        threads = _pool_threads if _pool_process == os.getpid() else None
+        free = threads is not None and len(_workers_taken) < threads - 1
+        if free:
+            _workers_taken.add(taker)
+        return free
+
+
+def return_worker(taker: object) -> None:
+    """`taker`'s thread is free again. Does nothing if it has none."""
+    with _workers_lock:
+        _workers_taken.discard(taker)
 
 
 def session_options() -> Any:

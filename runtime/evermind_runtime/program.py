@@ -52,7 +52,8 @@ class Engine:
         """With `pools`, the pooled programs run and the pager only counts.
 
         Experts that decode `one_by_one` are steps of their own, as in prefill: those at hand
-        run while others are read. A fused step waits for all.
+        run while others are read. A fused step waits for all. Those in bfloat16 then run side by
+        side.
         """
         self.manifest = manifest
         self.sessions = sessions
@@ -69,8 +70,11 @@ class Engine:
         #: The program for any number of tokens, and the one for one token.
         self.prefill: Sequence[Step] = pooled.prefill if pooled else plan.prefill
         self.decode: Sequence[Step] = pooled.decode if pooled else plan.decode
+        #: Layers whose experts run side by side.
+        self.side_by_side: Collection[int] = ()
         if pooled is None and one_by_one:
             self.decode = plan.prefill
+            self.side_by_side = {layer for layer, kind in self.kinds.items() if has_bf16(kind)}
         self._routes = routes(plan)
         widths = {layer.layer: layer.top_k for layer in manifest.layers}
         #: Tokens that pooled steps decoded and nobody has counted.
@@ -130,6 +134,11 @@ class Engine:
         """The graph inputs a fused step's experts are bound to, by position."""
         tensors = self.kinds[layer].tensors
         return [tuple(f"expert{i}.{spec.name}" for spec in tensors) for i in range(top_k)]
+
+
+def has_bf16(kind: Kind) -> bool:
+    """Whether some of an expert is stored in bfloat16."""
+    return any(spec.dtype == "bf16" for spec in kind.tensors)
 
 
 def run_program(
