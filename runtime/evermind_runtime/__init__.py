@@ -12,7 +12,7 @@ from .chat import Chat
 from .generation import Piece
 from .introspection import Introspection
 from .limbic import LimbicSession, LimbicStep
-from .model import Model, PagingWarning, load
+from .model import Model, PagingWarning, ThreadsWarning, load
 from .state import State
 from .stats import Stats
 
@@ -26,5 +26,6 @@ __all__ = [
     "Piece",
     "State",
     "Stats",
+    "ThreadsWarning",
     "load",
 ]

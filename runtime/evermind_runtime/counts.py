@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import Layer
 
 from .state import Array
@@ -24,14 +25,17 @@ class ExpertCounts:
     def routed(self, layer: int, ids: Array, gates: Array) -> list[int]:
         """Many tokens: `ids` `(T, k)`, -1 for none, and their `gates`.
 
-        Returns how many of them went to each expert.
+        Returns how many of them went to each expert. Raises `GraphError` for an id that is none.
         """
         valid = ids >= 0
         size = len(self._tokens[layer])
+        if (most := int(ids.max(initial=-1))) >= size:
+            raise GraphError(
+                f"layer {layer}: expected the router to choose experts from 0 to {size - 1}, "
+                f"found {most}"
+            )
         tokens: list[int] = np.bincount(ids[valid], minlength=size).tolist()
         mass: list[float] = np.bincount(ids[valid], gates[valid], minlength=size).tolist()
-        if len(tokens) > size:
-            return tokens  # a router chose what is no expert: the pager refuses the step
         with self._lock:
             for expert, count in enumerate(tokens):
                 if count:

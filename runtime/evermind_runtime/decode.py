@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, Guess, Step
 
 from .devices import Place, Slot, host_value, numpy_dtype
@@ -286,7 +287,10 @@ class BoundDecode:
         for layer, names in self._engine.pooled_routes(step).items():
             span = self._engine.served_tokens.spans[layer]
             for value, chosen in zip(names, self._routes, strict=True):
-                assert self._values[value].dtype == chosen.dtype, "routes are i64 and f32"
+                if (found := self._values[value].dtype) != chosen.dtype:
+                    raise GraphError(
+                        f"{step.graph}: {value}: expected {chosen.dtype}, found {found}"
+                    )
                 self._values[value] = chosen[None, span]
 
     def _place(self, guess: Guess, steps: Sequence[Step]) -> None:

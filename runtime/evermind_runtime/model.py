@@ -56,6 +56,10 @@ class PagingWarning(UserWarning):
     """The budget works, but badly; the message says what to expect."""
 
 
+class ThreadsWarning(UserWarning):
+    """The process computes with fewer threads than suit the package."""
+
+
 class Model:
     """A package ready to run. Thread-safe: one pager, and a `State` for every sequence."""
 
@@ -75,7 +79,15 @@ class Model:
     ) -> None:
         self._package = package
         manifest = package.manifest
-        self.threads = onnx_runtime.start(threads, partial(suited_threads, manifest))
+        suited = partial(suited_threads, manifest)
+        self.threads = onnx_runtime.start(threads, suited)
+        if threads is None and self.threads < (wanted := suited(onnx_runtime.usable_cores())):
+            warnings.warn(
+                f"{manifest.name} would compute on {wanted} threads, but this process's first "
+                f"package set up {self.threads}: pass threads={wanted} to the first load",
+                ThreadsWarning,
+                stacklevel=3,
+            )
         self._device = open_device(device)
         heat = _read_profile(package, profile) if profile or policy == "pinned" else None
         layers = expert_layers(manifest)

@@ -50,7 +50,7 @@ def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int
     `DeviceError` when it already runs with another size than the one asked for.
     """
     global _pool_threads, _pool_process
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if threads is not None and not 1 <= threads <= _MOST_PER_CORE * cores:
         raise DeviceError(
             f"threads: expected 1 to {_MOST_PER_CORE * cores} on these {cores} cores, "
@@ -95,6 +95,11 @@ def return_worker(taker: object) -> None:
     """`taker`'s thread is free again. Does nothing if it has none."""
     with _workers_lock:
         _workers_taken.discard(taker)
+
+
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def session_options() -> Any:

@@ -45,7 +45,8 @@ class ServedTokens:
         or if this is not to be kept; else `None`.
         """
         with self._lock:
-            at = self._count
+            # Full already only where Ctrl-C came before what was kept could be handed out.
+            at = self._count % self.most
             self._ids[at] = ids
             self._gates[at] = gates
             self._count = at + 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import evermind_runtime as em
 import pytest
 from evermind_manifests.manifest import Kind, Manifest
 from evermind_manifests.package import Package
+from evermind_runtime import onnx_runtime
 from evermind_runtime.choose_threads import SMALL_MATRIX, suited_threads
 from evermind_runtime.openers import open_location
 from msgspec import structs
@@ -54,6 +57,20 @@ def test_so_does_what_is_large_beside_small_experts(manifest: Manifest) -> None:
 
 def test_so_does_a_model_without_experts(manifest: Manifest) -> None:
     assert suited_threads(structs.replace(manifest, kinds={}, layers=()), CORES) == CORES
+
+
+def test_a_larger_second_package_says_what_it_would_have(
+    lm_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evermind_runtime.model.suited_threads", lambda manifest, cores: cores)
+    with em.load(lm_package, threads=None) as model:
+        threads = model.threads
+    monkeypatch.setattr(onnx_runtime, "usable_cores", lambda: threads + 3)
+    with pytest.warns(em.ThreadsWarning, match=f"threads={threads + 3} to the first load"):
+        em.load(lm_package).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        em.load(lm_package, threads=threads).close()
 
 
 @pytest.mark.parametrize(("asked", "found"), [("None", 1), ("2", 2)])
