@@ -47,14 +47,17 @@ def test_decoding_goes_on_after_an_interrupt_while_counting(
         state = model.new_state()
         monkeypatch.setattr(Engine, "_count", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            for _ in range(1000):
-                model.decode(TOKEN, state)
-        for _ in range(300):
-            model.decode(TOKEN, state)
+            _decode(model, state, 1000)
+        _decode(model, state, 300)
         uses = model.stats().expert_hits
         per_token = sum(layer.top_k for layer in model.manifest.layers)
         # Those whose counting was interrupted are missing, and the token that failed counts.
         assert uses == 301 * per_token
+
+
+def _decode(model: em.Model, state: em.State, tokens: int) -> None:
+    for _ in range(tokens):
+        model.decode(TOKEN, state)
 
 
 def test_a_router_that_chooses_no_expert_is_refused_before_anything_is_counted() -> None:
