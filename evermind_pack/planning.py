@@ -103,7 +103,7 @@ def open_subject(
     """
     path = Path(location)
     if not is_url(location):
-        if _is_on_a_hub(path):
+        if _is_on_a_hub(location):
             from evermind_exporters.huggingface.hub import fetch_config
 
             config = fetch_config(location, revision)
@@ -127,12 +127,13 @@ def open_subject(
         yield package_subject(package, context, here=not is_url(location))
 
 
-def _is_on_a_hub(path: Path) -> bool:
-    if path.exists():
+def _is_on_a_hub(location: str) -> bool:
+    if location.count("/") != 1:
         return False
     from evermind_exporters.huggingface.hub import is_model_id
 
-    return is_model_id(str(path)) and not path.parent.exists()
+    path = Path(location)
+    return is_model_id(location) and not path.exists() and not path.parent.exists()
 
 
 def package_subject(package: Package, context: int | None = None, *, here: bool = True) -> Subject:

@@ -28,7 +28,7 @@ COMMANDS = {
     "run": "generate text, or run arrays through a package, under a memory budget",
     "bench": "measure speed under several budgets, against the machine's bound",
     "trace": "record which experts tokens use, and replay it under every policy",
-    "convert": "write a package's model as one of the peer's files",
+    "convert": "write a package's model as others have it: the peer's files, or a checkpoint",
     "pull": "fetch a package from a server, or only the experts it is likely to need",
     "push": "copy a package to a folder, a web server or a bucket: only what is not there",
     "diff": "show what changed between two packages, and what an update would fetch",

@@ -63,6 +63,14 @@ def check_chat(args: argparse.Namespace) -> None:
 
 def chat(model: Model, args: argparse.Namespace) -> tuple[Generated, Chat] | None:
     """One answer, if there is something to answer, else a conversation, which gives nothing."""
+    tokenizer = model.manifest.tokenizer
+    if tokenizer is None or not tokenizer.chat_templates:
+        raise InputError(
+            "--chat: this package has no chat template",
+            hint="Give --prompt TEXT, in the form that the model was trained on."
+            if model.codec
+            else "It has no tokenizer either: give --tokens 1,2,3.",
+        )
     talk = _begin(args)
     answers = model.chat()
     if args.prompt is None and args.messages is None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from evermind_exporters.huggingface.import_ import HalfResult
 
 EXAMPLES = """\
+  evermind-pack plan ./OLMoE-1B-7B          # before: will it fit, in memory and on the disk?
   evermind-pack import ./OLMoE-1B-7B -o olmoe/
   evermind-pack import ./Mixtral-8x7B -o mixtral.zip --dtype f16
   evermind-pack import ./Qwen3-30B-A3B -o qwen3/ --compute both

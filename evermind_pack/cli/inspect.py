@@ -117,7 +117,10 @@ def _print(summary: dict[str, Any], manifest: Manifest) -> None:
         rows[f"kind {name}"] = f"{human_bytes(kind['bytes'])} each: {tensors}"
     for group, layers in _layer_groups(manifest).items():
         rows[f"layers {layers}"] = group
-    rows["inputs"] = ", ".join(f"{name} {what}" for name, what in summary["inputs"].items())
+    rows["inputs"] = ", ".join(
+        f"{name} {one.dtype} ({', '.join(map(str, one.shape))})"
+        for name, one in manifest.plan.inputs.items()
+    )
     rows["tokenizer"] = summary["tokenizer"] or "none"
     if manifest.layers:
         rows["budget, least"] = f"{human_bytes(budget['least'])}: one layer's routed experts"

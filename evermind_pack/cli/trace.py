@@ -92,7 +92,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _record(args: argparse.Namespace) -> None:
     if args.output is None or (args.prompt is None and args.tokens is None):
-        raise InputError("recording needs --prompt TEXT or --tokens IDS, and -o FILE")
+        raise InputError(
+            "recording needs --prompt TEXT or --tokens IDS, and -o FILE",
+            hint="To replay what was recorded: evermind-pack trace --replay FILE",
+        )
     prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
     with warnings.catch_warnings():
         # Whether it pages well does not matter here.

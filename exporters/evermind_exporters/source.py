@@ -228,7 +228,8 @@ def _family(name: Any, found: Mapping[str, Shape], weights: Path, where: Path) -
             f"{expected} none, and {weights.name} has the tensors of "
             f"{' and '.join(family.name for family in told) or 'none'}: "
             f"{', '.join(names[:5])}{more}",
-            hint=f'Add "family" to {CONFIG_NAME}.',
+            hint=f'Add "family" to {CONFIG_NAME}; of a Hugging Face checkpoint, '
+            "`evermind-pack import` makes a package.",
         )
     return told[0]
 

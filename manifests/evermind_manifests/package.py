@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 from .errors import (
     DigestError,
+    EvermindPackError,
     InputError,
     IntegrityError,
     ManifestError,
@@ -152,14 +153,27 @@ def open_package(location: str | os.PathLike[str] | Store) -> Package:
         raise
 
 
+def _has(store: Store, path: str) -> bool:
+    try:
+        store.size(path)
+    except EvermindPackError:
+        return False
+    return True
+
+
 def read_manifest(store: Store) -> bytes:
     """The bytes of manifest.json. Raises `ManifestError` for none, or one over 64 MiB."""
     try:
         size = store.size(MANIFEST_NAME)
     except MissingFileError as error:
+        hint = f"A package is a folder, or an uncompressed zip, with a {MANIFEST_NAME}."
+        if _has(store, "config.json"):
+            hint += (
+                " What has a config.json is a model to make one of: a Hugging Face checkpoint by "
+                "`evermind-pack import`, a training run by `evermind-pack export`."
+            )
         raise ManifestError(
-            f"{store.location}: not a package: {error.message}",
-            hint=f"A package is a folder, or an uncompressed zip, with a {MANIFEST_NAME}.",
+            f"{store.location}: not a package: {error.message}", hint=hint
         ) from error
     if size > MAX_MANIFEST_BYTES:
         raise ManifestError(

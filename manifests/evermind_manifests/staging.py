@@ -212,13 +212,16 @@ class Staging:
         place = self.destination
         if not os.path.lexists(place):
             return
+        # Only a package is ever replaced: not a home folder that was named by mistake.
+        package = not place.is_symlink() and (_is_zip(place) or _is_package_folder(place))
         if not self._overwrite:
             raise ExportError(
                 f"{place}: exists already",
-                hint="Choose another name, or allow it to be replaced (`--force`).",
+                hint="Choose another name, or allow it to be replaced (`--force`)."
+                if package
+                else "Choose another name: it is no package, and nothing else is ever replaced.",
             )
-        # Only a package is ever replaced: not a home folder that was named by mistake.
-        if place.is_symlink() or not (_is_zip(place) or _is_package_folder(place)):
+        if not package:
             raise ExportError(
                 f"{place}: expected a package to replace, found something else",
                 hint="Choose another name, or remove it first.",

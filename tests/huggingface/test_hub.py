@@ -249,7 +249,8 @@ def test_a_model_is_imported_by_its_name_and_comes_back(
             check=False,
         )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    (note,) = json.loads(done.stdout)["notes"]
+    none, note = json.loads(done.stdout)["notes"]
+    assert "no tokenizer" in none
     assert note.startswith("2 tensors (56 bytes)")
     assert note.endswith("alone: inv_freq, mtp.weight")
     code, text, _ = call(capsys, *command[3:])

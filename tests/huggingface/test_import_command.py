@@ -201,7 +201,7 @@ def test_help_has_examples(capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["import", "--help"])
     assert ended.value.code == 0
-    assert "examples:\n  evermind-pack import ./OLMoE-1B-7B -o olmoe/" in capsys.readouterr().out
+    assert "examples:\n  evermind-pack plan ./OLMoE-1B-7B " in capsys.readouterr().out
 
 
 def damage_header(folder: Path) -> None:
@@ -337,4 +337,43 @@ def test_mistakes_of_usage(checkpoint: Path, done: Run, tmp_path: Path, capsys: 
     assert (done.package / "manifest.json").read_bytes() == before
     code, _, err = call(capsys, "import", checkpoint, "-o", checkpoint, "--force", "-q")
     assert (code, "expected a package to replace" in err) == (1, True)
+    code, _, err = call(capsys, "import", checkpoint, "-o", checkpoint, "-q")
+    assert (code, "no package, and nothing else is ever replaced" in err) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_where_a_package_is_expected_is_told_apart(
+    checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for command in ("run", "inspect", "bench"):
+        tokens = ["--tokens", "1"] if command == "run" else []
+        code, _, err = call(capsys, command, checkpoint, *tokens)
+        assert (code, "`evermind-pack import`" in err) == (1, True)
+    code, _, err = call(capsys, "export", checkpoint, "-o", tmp_path / "p")
+    assert (code, "`evermind-pack import` makes a package" in err) == (1, True)
+
+
+def test_a_file_that_was_fetched_in_part_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(checkpoint, part)
+    os.truncate(part / "model.safetensors", 50_000)
+    code, _, err = call(capsys, "import", part, "-o", tmp_path / "p", "-q")
+    assert (code, err.count("model.safetensors"), "Fetch the file again" in err) == (1, 1, True)
+
+
+@pytest.mark.parametrize("package", ["imported", "copied"])
+def test_a_package_without_a_tokenizer_says_what_to_give(
+    package: str,
+    done: Run,
+    imported: Callable[[str], Imported],
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one without a chat template, before it waits for a message."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    place = done.package if package == "copied" else imported("olmoe").package
+    code, out, err = call(capsys, "run", place, "--chat")
+    assert (code, out, "no chat template" in err) == (2, "", True)
+    assert ("--prompt" if package == "copied" else "--tokens 1,2,3") in err

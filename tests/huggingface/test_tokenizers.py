@@ -104,5 +104,6 @@ def test_one_that_transformers_cannot_load_is_taken_from_its_file(tmp_path: Path
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "eos_token_id": 1}')
     text = read_text(tmp_path, 3)
-    assert (text.tokenizer, text.notes) == (None, ())
+    assert text.tokenizer is None
+    assert text.notes == ("the checkpoint has no tokenizer: `run` will take --tokens, and no text",)
     assert text.generation.stop_tokens == (1,)

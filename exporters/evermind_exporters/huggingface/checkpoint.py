@@ -172,7 +172,11 @@ class Checkpoint:
             length = header_bytes(disk.read(0, min(disk.size, PREFIX_BYTES)), disk.size, str(path))
             header = read_header(disk.read(0, length), str(path), size=disk.size, foreign=True)
         except IntegrityError as error:
-            raise CheckpointError(f"{path}: not a safetensors file: {error.message}") from error
+            raise CheckpointError(
+                f"{path}: not a safetensors file, or not all of it: "
+                f"{error.message.removeprefix(f'{path}: ')}",
+                hint="Fetch the file again.",
+            ) from error
         self._files[file] = disk
         self._metadata[file] = _metadata(disk.read(PREFIX_BYTES, length - PREFIX_BYTES))
         for name, spec in header.items():

@@ -73,6 +73,8 @@ def read_text(folder: Path, vocabulary: int) -> Text:
     generation, remarks = read_generation(folder, vocabulary, eos)
     notes += remarks
     if found is None:
+        if not notes:
+            notes.append("the checkpoint has no tokenizer: `run` will take --tokens, and no text")
         return Text(generation, files=files, notes=tuple(notes))
     if found.size > vocabulary:
         notes.append(
