@@ -84,7 +84,9 @@ def _parse(name: str, answer: bytes, said: str, code: int) -> Round:
         last = said.splitlines()[-1] if said else "it said nothing"
         raise EvermindPackError(
             f"budget {name}: the process that ran it ended with {reason}: {last[:300]}",
-            hint="If it was killed for its memory, leave out the largest budgets.",
+            hint="If it was killed for its memory, leave out the largest budgets."
+            if code < 0 or "MemoryError" in said
+            else None,
         )
     if "type" in _ANSWER.decode(answer):
         failure = msgspec.json.decode(answer, type=Failure)

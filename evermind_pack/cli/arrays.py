@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SCHEMA
 from evermind_runtime import Model, State
 from evermind_runtime.arrays import by_plan_names
 
@@ -33,11 +34,25 @@ def read_arrays(path: Path) -> Arrays:
         raise InputError(f"{path}: cannot be read as .npz: {error}") from error
 
 
-def check_targets(*paths: Path | None) -> None:
-    """Raise `InputError` before anything is computed if a result could not be written."""
+def check_targets(*paths: Path | None, sources: Sequence[str | Path | None] = ()) -> None:
+    """Raise `InputError` before anything is computed if a result could not be written.
+
+    Nor may one take the place of `sources`, what is read, or of a file of any package.
+    """
     targets = [_target(path) for path in paths if path is not None]
     if len(set(targets)) < len(targets):
         raise InputError(f"{targets[0]}: expected a file of its own for each result")
+    read = [Path(os.path.realpath(source)) for source in sources if source is not None]
+    for target in targets:
+        if target in read:
+            raise InputError(f"{target}: it is what is read: expected another file to write")
+        for folder in target.parents:
+            if folder in read or _is_package(folder):
+                raise InputError(
+                    f"{target}: it would be a file of the package {folder}",
+                    hint="Write it elsewhere: a package holds what its manifest.json lists, "
+                    "and changed it is damaged.",
+                )
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -67,6 +82,15 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_package(folder: Path) -> bool:
+    """Whether a folder's manifest.json is a package's, and not a web page's, say."""
+    try:
+        with (folder / MANIFEST_NAME).open("rb") as file:
+            return SCHEMA.encode() in file.read(MAX_MANIFEST_BYTES)
+    except OSError:
+        return False
 
 
 def _target(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -35,9 +36,9 @@ from evermind_pack.planning import (
 )
 
 from .arrays import check_targets
-from .options import add_policy
+from .options import add_policy, add_threads, thread_count, token_count
 from .plan import machine_rows, model_rows, shown
-from .plots import new_figure, plot_speeds
+from .plots import check_pictures, plot_speeds
 from .run import token_ids
 from .terminal import (
     human_bytes,
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--prompt-tokens",
         metavar="N",
-        type=positive_int,
+        type=token_count,
         help=f"a random prompt of that length (default: {_PROMPT_TOKENS})",
     )
     parser.add_argument(
@@ -103,12 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="rounds of all budgets in turn, each in a fresh process (default: 3)",
     )
-    parser.add_argument(
-        "--threads",
-        metavar="N",
-        type=positive_int,
-        help="compute threads (default: all cores, one for small matrices)",
-    )
+    add_threads(parser)
     add_policy(parser)
     parser.add_argument(
         "--plan",
@@ -141,6 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, forecast beforehand, and compare."""
     _check(args)
+    threads = thread_count(args)
     with open_location(args.package) as package:
         subject = package_subject(package)
         prompt = _prompt(args, package)
@@ -150,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plot and not layers:
             raise InputError("--plot: a package without experts has no budgets to compare")
         budgets = _budgets(args.budgets, package.manifest, subject.sizes)
-        machine = subject.measure(args.threads)
+        machine = subject.measure(threads)
     rows = args.prompt_tokens or _PROMPT_TOKENS if prompt is None else len(prompt)
 
     def at_work(budget: int | None) -> Machine:
@@ -228,14 +225,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_targets(args.plot)
-    if args.plot:
-        new_figure(1, 1)  # what it takes to draw is missed now, not after all rounds
+    check_targets(args.plot, sources=(args.package, args.trace, args.profile))
+    check_pictures(args.plot)
     if is_url(args.package):
         raise InputError(
             f"{args.package}: expected a package on this machine",
             hint="Fetch it first: evermind-pack pull URL -o FOLDER.",
         )
+    if not math.isfinite(args.temperature):
+        raise InputError(f"--temperature: expected a finite number, found {args.temperature}")
     if args.max_new < _LEAST_NEW:
         raise InputError(f"--max-new: expected {_LEAST_NEW} or more, found {args.max_new}")
     if args.profile and args.policy != "pinned":
@@ -252,16 +250,23 @@ def _prompt(args: argparse.Namespace, package: Package) -> list[int] | None:
                 "expected --prompt-tokens N, the rows to run it on"
             )
         return None
-    if args.tokens is not None:
-        return token_ids(args.tokens)
-    if args.prompt is not None:
-        codec = open_codec(package)
-        if codec is None:
-            raise InputError(f"{args.package}: it has no tokenizer: expected --tokens 1,2,3")
-        return codec.encode(args.prompt)
+    if args.tokens is not None or args.prompt is not None:
+        prompt = _given_prompt(args, package)
+        if not prompt:
+            raise InputError("the prompt is empty: expected a token or more to continue")
+        return prompt
     limit = manifest.plan.inputs["tokens"].limit or _ANY_VOCABULARY
     count = args.prompt_tokens or _PROMPT_TOKENS
     return [int(token) for token in np.random.default_rng(0).integers(0, limit, count)]
+
+
+def _given_prompt(args: argparse.Namespace, package: Package) -> list[int]:
+    if args.tokens is not None:
+        return token_ids(args.tokens)
+    codec = open_codec(package)
+    if codec is None:
+        raise InputError(f"{args.package}: it has no tokenizer: expected --tokens 1,2,3")
+    return codec.encode(args.prompt)
 
 
 def _budgets(text: str | None, manifest: Manifest, sizes: ModelSizes) -> dict[str, int | None]:

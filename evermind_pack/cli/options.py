@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+from typing import Final
+
+from .terminal import positive_int
+
+# Longer than any model's context, and short enough to be made and counted.
+MOST_TOKENS: Final = 1 << 24
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -38,6 +45,33 @@ def add_sampling(parser: argparse._ArgumentGroup) -> None:
         help="above 1: tokens that were there are less likely (default: the package's)",
     )
     parser.add_argument("--seed", type=int, help="of the sampler (default: 1)")
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """`--threads`, which `thread_count` reads."""
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        help="compute threads (default: all cores, one for small matrices)",
+    )
+
+
+def thread_count(args: argparse.Namespace) -> int | None:
+    """What `--threads` says. Raises `DeviceError`, as loading would, before anything is done."""
+    from evermind_runtime.choose_threads import check_threads
+
+    threads: int | None = args.threads
+    check_threads(threads, len(os.sched_getaffinity(0)))
+    return threads
+
+
+def token_count(text: str) -> int:
+    """An argument's value that counts tokens of a sequence."""
+    value = positive_int(text)
+    if value > MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_TOKENS}, found {value}")
+    return value
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:

@@ -28,12 +28,11 @@ from evermind_pack.planning import (
     standard_budgets,
 )
 
-from .options import add_revision, add_stored_as
+from .options import add_revision, add_stored_as, add_threads, thread_count, token_count
 from .remote import add_remote_arguments, remote_options
 from .terminal import (
     human_bytes,
     number,
-    positive_int,
     print_columns,
     print_json,
     print_table,
@@ -77,16 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-tokens",
         metavar="N",
-        type=positive_int,
+        type=token_count,
         default=16,
         help="the prompt whose first token is forecast (default: 16)",
     )
-    parser.add_argument(
-        "--threads",
-        metavar="N",
-        type=positive_int,
-        help="compute threads (default: all cores, one for small matrices)",
-    )
+    add_threads(parser)
     parser.add_argument(
         "--policy",
         choices=("decayed", "lru"),
@@ -103,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a routing profile for the hit rate (default: the package's own, if any)",
     )
     parser.add_argument(
-        "--context", metavar="N", type=positive_int, help="tokens a sequence has (default: 4096)"
+        "--context", metavar="N", type=token_count, help="tokens a sequence has (default: 4096)"
     )
     add_stored_as(parser, "of a model to import, ")
     add_remote_arguments(parser)
@@ -111,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the forecasts; 1 where none of the budgets fits."""
+    threads = thread_count(args)
     with open_subject(
         args.model,
         dtype=args.dtype or "keep",
@@ -129,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         trace, profile = _routing(args, subject)
         budgets = _budgets(subject, args.budget)
         rate = _disk_rate(args.disk_rate)
-        machine = subject.measure(args.threads)
+        machine = subject.measure(threads)
         if rate is not None:
             machine = machine.with_disk_rate(rate)
         memory = _memory(args.memory, machine)

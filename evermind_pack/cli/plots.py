@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from evermind_manifests.errors import MissingExtraError
+from evermind_manifests.errors import InputError, MissingExtraError
+
+from .arrays import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +29,19 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError:
         raise MissingExtraError("matplotlib", "plot", "drawing a plot") from None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def check_pictures(*paths: Path | None) -> None:
+    """Raise `InputError` for names that matplotlib draws no picture for, `MissingExtraError`
+    without it: before anything is computed that is to be drawn."""
+    for path in paths:
+        if path is not None:
+            kinds = new_figure(1, 1).canvas.get_supported_filetypes()
+            if path.suffix[1:].lower() not in kinds:
+                raise InputError(
+                    f"{path}: expected the name of a picture, as {path.stem or 'plot'}.png, "
+                    f"found {path.suffix or 'none'!r} as its ending"
+                )
 
 
 def plot_hit_rates(
@@ -53,7 +69,7 @@ def plot_hit_rates(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    _write(path, figure)
 
 
 def plot_speeds(
@@ -130,7 +146,13 @@ def plot_speeds(
     axes.spines[["top", "right"]].set_visible(False)
     # Below the axes, where it hides nothing.
     figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path)
+    _write(path, figure)
+
+
+def _write(path: Path, figure: Figure) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower())
+    write_file(path, picture.getvalue())
 
 
 def _mark_cycle(axes: Axes, cycle: float) -> None:
@@ -168,4 +190,4 @@ def plot_heatmap(
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set(xlabel="expert", ylabel="layer", title=title)
     figure.colorbar(image, ax=axes, pad=0.02, label="% of the layer's tokens")
-    figure.savefig(path)
+    _write(path, figure)

@@ -27,7 +27,8 @@ from .arrays import (
 from .chat import add_chat_arguments, chat, check_chat
 from .generated import Generated, follow
 from .introspection import draw_heatmap, print_introspection, write_prometheus
-from .options import SAMPLING, add_policy, add_sampling
+from .options import SAMPLING, add_policy, add_sampling, add_threads, thread_count
+from .plots import check_pictures
 from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table, remark
 
@@ -72,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what graphs compute in; auto: half precision on a GPU, where the package has graphs "
         "for it, else f32 (default: auto)",
     )
-    parser.add_argument(
-        "--threads", type=int, help="compute threads (default: all cores, one for small matrices)"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--verify",
         choices=("first", "always", "never"),
@@ -197,9 +196,10 @@ def _check_combination(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{option} has no meaning {'with' if args.inputs else 'without'} --inputs"
             )
-    check_targets(args.outputs, args.state_out, args.prometheus, args.heatmap)
-    if args.threads is not None and args.threads < 1:
-        raise InputError(f"--threads: expected 1 or more, found {args.threads}")
+    results = (args.outputs, args.state_out, args.prometheus, args.heatmap)
+    check_targets(*results, sources=(args.package,))
+    check_pictures(args.heatmap)
+    thread_count(args)
 
 
 def _run_arrays(model: Model, args: argparse.Namespace) -> None:

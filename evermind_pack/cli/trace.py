@@ -16,7 +16,8 @@ from evermind_runtime.profile import encode_profile, profile_of
 from evermind_runtime.replay import POLICIES, Replay, replay
 from evermind_runtime.trace import Trace, read_trace
 
-from .plots import plot_heatmap, plot_hit_rates
+from .arrays import check_targets, write_file
+from .plots import check_pictures, plot_heatmap, plot_hit_rates
 from .remote import add_remote_arguments, remote_options
 from .run import token_ids
 from .terminal import human_bytes, print_json, print_table, progress, remark
@@ -83,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
             option = {"package_of": "package"}.get(name, name).replace("_", "-")
             mode = "without" if args.package else "with"
             raise InputError(f"--{option} has no meaning {mode} --replay")
+    results = (args.output, args.plot, args.heatmap, args.profile)
+    check_targets(*results, sources=(args.package, args.replay, args.package_of))
+    check_pictures(args.plot, args.heatmap)
     if args.package:
         _record(args)
     else:
@@ -133,7 +137,7 @@ def _replay(args: argparse.Namespace) -> None:
     if not trace.recorded_layers:
         remark("the experts are counted by the ids seen: --package says how many", quiet=args.quiet)
     if args.profile:
-        args.profile.write_bytes(encode_profile(profile_of(trace)))
+        write_file(args.profile, encode_profile(profile_of(trace)))
     if args.heatmap:
         _draw_heatmap(trace, args.heatmap, args.replay.name)
     if args.plot:

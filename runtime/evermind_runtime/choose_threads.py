@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from evermind_manifests.errors import DeviceError
 from evermind_manifests.manifest import Kind, Manifest
 
 # One thread decodes faster where no matrix of an expert has more elements than this. Two that
@@ -13,6 +14,17 @@ from evermind_manifests.manifest import Kind, Manifest
 SMALL_MATRIX: Final = 128 * 1024
 # Unless experts are the smaller part of a token by more than this: the rest may be one large head.
 _MOST_BESIDE = 2
+# More threads than cores only ever wait for one another; a few times as many do not harm.
+_MOST_PER_CORE = 4
+
+
+def check_threads(threads: int | None, cores: int) -> None:
+    """Raise `DeviceError` for a number of threads that these cores are not asked for."""
+    if threads is not None and not 1 <= threads <= _MOST_PER_CORE * cores:
+        raise DeviceError(
+            f"threads: expected 1 to {_MOST_PER_CORE * cores} on these {cores} cores, "
+            f"found {threads}"
+        )
 
 
 def suited_threads(manifest: Manifest, cores: int) -> int:

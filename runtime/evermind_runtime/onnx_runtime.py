@@ -15,8 +15,9 @@ from typing import Any
 
 from evermind_manifests.errors import DeviceError, MissingExtraError
 
+from .choose_threads import check_threads
+
 _ERRORS_ONLY = 3
-_MOST_PER_CORE = 4
 _SAME_AS_REQUESTED = 1
 
 _pool_lock = threading.Lock()
@@ -51,11 +52,7 @@ def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int
     """
     global _pool_threads, _pool_process
     cores = usable_cores()
-    if threads is not None and not 1 <= threads <= _MOST_PER_CORE * cores:
-        raise DeviceError(
-            f"threads: expected 1 to {_MOST_PER_CORE * cores} on these {cores} cores, "
-            f"found {threads}"
-        )
+    check_threads(threads, cores)
     with _pool_lock:
         if _pool_threads is None:
             size = threads or suited(cores)

@@ -299,6 +299,15 @@ def processes_of(marker: str) -> list[int]:
     return found
 
 
+def test_threads_are_refused_before_anything_is_measured(
+    package: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evermind_pack.cli.bench.open_location", lambda *_: pytest.fail("opened"))
+    code, out, err = call(capsys, "bench", package, "--threads", 64 * len(os.sched_getaffinity(0)))
+    assert (code, out) == (2, "")
+    assert "threads: expected 1 to " in err
+
+
 def wait_for(condition: Any, seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -350,6 +359,11 @@ def test_an_interrupted_bench_leaves_nothing_running(package: Path, how: signal.
         (["PKG", "--budgets", "1%"], "cannot hold the experts of one step"),
         (["PKG", "--budgets", "much"], "--budgets: expected bytes"),
         (["PKG", "--prompt", "x"], "it has no tokenizer"),
+        (["PKG", "--tokens", ""], "the prompt is empty"),
+        (["PKG", "--temperature", "nan"], "--temperature: expected a finite number"),
+        (["PKG", "--temperature", "inf"], "--temperature: expected a finite number"),
+        (["PKG", "--plot", "speed.txt"], "expected the name of a picture, as speed.png"),
+        (["PKG", "--trace", "t.png", "--plot", "t.png"], "it is what is read"),
         (["PKG", "--tokens", "1,x"], "expected ids like 1,2,3"),
         (["PKG", "--io", "direct", "--rounds", "1"], "direct reads of"),
         (["PKG", "--profile", "p"], "without --policy pinned"),

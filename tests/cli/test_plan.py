@@ -179,6 +179,8 @@ def test_a_budget_too_small_has_neither_plan_nor_speed(package: Path, capsys: An
         (["PKG", "--disk-rate", "10%"], "--disk-rate: expected bytes per second"),
         (["PKG", "--disk-rate", "0"], "--disk-rate: expected bytes per second"),
         (["PKG", "--trace", "t", "--profile", "p"], "either --trace or --profile"),
+        (["PKG", "--threads", "100000"], "threads: expected 1 to "),
+        (["PKG", "--threads", "0"], "threads: expected 1 to "),
         (["missing"], "there is no such folder or file"),
         (["DENSE"], "expected a Mixture of Experts"),
         (["MOOD"], "no experts to page"),
@@ -204,3 +206,11 @@ def test_usage_errors(
     code, out, err = call(capsys, "plan", *(places.get(word, word) for word in arguments))
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize("option", ["--prompt-tokens", "--context"])
+def test_a_sequence_has_a_length_that_one_can_have(option: str, package: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as usage:
+        call(capsys, "plan", package, option, 10**20)
+    assert usage.value.code == 2
+    assert "expected at most 16777216" in capsys.readouterr().err

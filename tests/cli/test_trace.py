@@ -155,6 +155,50 @@ def test_usage_errors(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PKG", "--tokens", "1", "-o", "PKG/manifest.json"], "would be a file of the package"),
+        (["PKG", "--tokens", "1", "-o", "PKG/experts/t"], "would be a file of the package"),
+        (["--replay", "TRACE", "--profile", "PKG/profile.json"], "would be a file of the package"),
+        (["--replay", "TRACE", "--heatmap", "PKG/p.png"], "would be a file of the package"),
+        (["--replay", "TRACE", "--profile", "TRACE"], "it is what is read"),
+        (["--replay", "TRACE", "--profile", "missing/p.json"], "its folder is not there"),
+        (["--replay", "TRACE", "--heatmap", "missing/p.png"], "its folder is not there"),
+        (["--replay", "TRACE", "--plot", "x.txt"], "the name of a picture, as x.png, found '.txt'"),
+        (["--replay", "TRACE", "--plot", "x"], "the name of a picture, as x.png, found 'none'"),
+        (["--replay", "TRACE", "--profile", "p", "--plot", "p"], "a file of its own"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_runs(
+    arguments: list[str],
+    message: str,
+    package: Path,
+    recorded: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    places = {"PKG": str(package), "TRACE": str(recorded)}
+    for name in ("load", "replay"):
+        monkeypatch.setattr(f"evermind_pack.cli.trace.{name}", lambda *_, **__: pytest.fail("ran"))
+    before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+    words = [word.replace("PKG", places["PKG"]) for word in arguments]
+    code, out, err = call(capsys, *(places.get(word, word) for word in words))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert {path: path.read_bytes() for path in package.rglob("*") if path.is_file()} == before
+
+
+def test_a_web_pages_manifest_makes_no_package(recorded: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "page", "icons": []}')
+    profile = tmp_path / "profile.json"
+    assert call(capsys, "--replay", recorded, "--profile", profile, "-q")[0] == 0
+    assert profile.exists()
+
+
 def test_a_model_without_experts_is_refused(tmp_path: Path, capsys: Any) -> None:
     from tests.packages import GOLDEN
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..choose_threads import check_threads
 from .disk import (
     DISK_HOW,
     DiskHow,
@@ -96,9 +97,11 @@ def measure_machine(
     `folder` in blocks of `block` bytes (in the system's temporary folder where that cannot be
     written, which `disk_where` then says). `working_set` is how much memory the model's
     weights take, `threads` how many compute (default: all usable cores). Raises `OSError`
-    where nothing can be read or written.
+    where nothing can be read or written, `DeviceError` for threads that `load` would refuse.
     """
-    count = threads or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    check_threads(threads, cores)
+    count = threads or cores
     available = available_memory()
     if available is not None:
         working_set = min(working_set, int(available.bytes * _MEASURED_SHARE))
