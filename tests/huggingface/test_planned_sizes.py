@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from evermind_exporters.huggingface import config_sizes, model_sizes
 from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
+from evermind_exporters.huggingface.skeleton import looked_up
 from evermind_manifests.errors import ConfigError
 from evermind_manifests.package import open_package
 from evermind_runtime.sizes import ModelSizes, manifest_sizes
@@ -137,6 +138,18 @@ def test_a_name_on_a_hub_needs_its_config_alone(
     assert result["machine"]["disk_where"] == f"a temporary file in {tmp_path}"
     code, _, err = call(capsys, "plan", tmp_path, "--revision", "v2")
     assert (code, "has no revisions" in err) == (2, True)
+
+
+def test_a_model_that_does_not_name_its_embedding_reads_all_of_it() -> None:
+    class Silent:
+        def get_input_embeddings(self) -> None:
+            raise NotImplementedError
+
+    class Nothing:
+        def get_input_embeddings(self) -> None:
+            return None
+
+    assert looked_up(Silent()) == looked_up(Nothing()) == 0
 
 
 def test_a_disk_too_full_for_the_package_is_told(

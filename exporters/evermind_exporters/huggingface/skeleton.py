@@ -70,11 +70,15 @@ def skeleton(model: Any, modules: Sequence[ExpertsModule], weight_of: Callable[[
 
 
 def looked_up(model: Any) -> int:
-    """The parameters of the embedding, of which a token reads a row; 0 if they serve elsewhere too.
+    """The parameters of the embedding, of which a token reads a row; 0 if they serve elsewhere too,
+    or the model does not say which they are.
 
     `model` is a skeleton.
     """
-    table = model.get_input_embeddings().weight
+    try:
+        table = model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):
+        return 0
     places = [one for _, one in model.named_parameters(remove_duplicate=False) if one is table]
     return int(table.numel()) if len(places) == 1 else 0
 
