@@ -25,12 +25,12 @@ def model_of(model_type: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def found(model: Any) -> Any:
+def found(model: Any, **options: Any) -> Any:
     from evermind_exporters.huggingface.attention import survey
 
     before = model.config._attn_implementation
     with torch.no_grad():
-        result = survey(model, SAMPLE)
+        result = survey(model, SAMPLE, **options)
     assert model.config._attn_implementation == before
     return result
 
@@ -60,6 +60,8 @@ def test_chunks_are_found() -> None:
     chunked = {"layer_types": ["chunked_attention", "full_attention", "full_attention"]}
     layers = found(model_of("llama4_text", **chunked, attention_chunk_size=16))
     assert [layers[number].sight for number in range(3)] == [(16, True), (0, False), (0, False)]
+    # Not for CUDA, which cannot take out what is of another chunk.
+    assert found(model_of("llama4_text", **chunked, attention_chunk_size=16), chunks=False) is None
 
 
 @pytest.mark.parametrize(

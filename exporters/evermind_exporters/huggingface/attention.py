@@ -54,10 +54,13 @@ class _Mask(NamedTuple):
     sight: Sight | None
 
 
-def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
+def survey(
+    model: Any, sample: Mapping[str, Any], *, chunks: bool = True
+) -> dict[int, Plain] | None:
     """Layer → its attention, of a model whose attention is all plain; else None.
 
-    `sample` are the model's inputs without a cache; nothing of their content matters.
+    `sample` are the model's inputs without a cache; nothing of their content matters. Without
+    `chunks`, attention in chunks is not plain.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -81,6 +84,8 @@ def survey(model: Any, sample: Mapping[str, Any]) -> dict[int, Plain] | None:
     ) -> tuple[Any, None]:
         layer = getattr(module, "layer_idx", -1)
         sight = mask.sight if isinstance(mask, _Mask) else None
+        if sight is not None and sight.chunked and not chunks:
+            sight = None
         found[layer] = None
         if layer in given and sight is not None and options.get("is_causal") is not False:
             straight = key is given[layer][0] and value is given[layer][1]

@@ -164,7 +164,7 @@ def import_checkpoint(
         check_room(writer.destination, parts, writer.shard_bytes)
         tell("tracing the model")
         with quiet():
-            program = trace(model, modules, trunk.names)
+            program = trace(model, modules, trunk.names, cuda=options.compute == "both")
         limit = getattr(text, "max_position_embeddings", None)
         cut = cut_graph(program, trunk, limit)
         del program

@@ -89,12 +89,16 @@ def _keep_in_float(model: Any, dtype: torch.dtype) -> None:
             one.data = one.data.to(torch.float32)
 
 
-def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> Any:
+def trace(
+    model: Any, modules: list[ExpertsModule], weights: Container[str], *, cuda: bool = False
+) -> Any:
     """The ONNX graph (an `onnx_ir.Model`) from `input_ids` `(1, T)` and a growing cache to logits.
 
     The parameters named in `weights` are inputs of the graph, so that nothing is computed from
     their values while it is made. Experts are nodes `evermind.Experts` of (x, ids, gates) with the
-    attribute `layer`. Raises `UnsupportedError` where transformers cannot export the model.
+    attribute `layer`. With `cuda`, its states are such that a graph for CUDA has the same: that
+    one's GroupQueryAttention (ONNX Runtime 1.31) takes no bias, so no attention in chunks.
+    Raises `UnsupportedError` where transformers cannot export the model.
     """
     import torch
     from transformers import DynamicCache
@@ -105,7 +109,7 @@ def trace(model: Any, modules: list[ExpertsModule], weights: Container[str]) -> 
     with opaque_experts(model, modules), fixes(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(_as_inputs(weights))
         try:
-            plain = _fill(cache, model)
+            plain = _fill(cache, model, chunks=not cuda)
             if plain:
                 stack.enter_context(attention.attention_nodes(model, plain))
             varying = [axis for layer in cache.layers for _, axis in _cache_tensors(layer)]
@@ -177,7 +181,7 @@ def _sample() -> dict[str, Any]:
     }
 
 
-def _fill(cache: Any, model: Any) -> dict[int, attention.Plain] | None:
+def _fill(cache: Any, model: Any, *, chunks: bool = True) -> dict[int, attention.Plain] | None:
     """Run the model on an empty `cache`, which then has its shapes, whatever attention it is.
 
     Gives the layers whose attention is plain, if all is; their caches keep lengths alone.
@@ -185,7 +189,7 @@ def _fill(cache: Any, model: Any) -> dict[int, attention.Plain] | None:
     import torch
 
     attention.keep_all(cache)
-    plain = attention.survey(model, _sample())
+    plain = attention.survey(model, _sample(), chunks=chunks)
     model(input_ids=torch.arange(_PAST)[None] % 7, past_key_values=cache, use_cache=True)
     if plain:
         attention.keep_lengths(cache, _PAST)

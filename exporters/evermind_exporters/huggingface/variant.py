@@ -42,7 +42,7 @@ class HalfModel:
         self.experts = HalfExperts(kinds, empty, modules, compute)
         #: transformers' own, whose weights are lent to it.
         self.model: Any = skeleton(empty, modules, trunk.name)
-        self.cut = cut_graph(trace(self.model, modules, trunk.names), trunk, limit)
+        self.cut = cut_graph(trace(self.model, modules, trunk.names, cuda=True), trunk, limit)
 
 
 def half_of(
