@@ -5,27 +5,22 @@ A benchmark is a module with a function `measure(quick) -> Report`. Run one with
 
 Sides that are compared are timed in interleaved rounds of one process, so that a busy
 machine slows them alike; figures are medians, ratios medians of the rounds' ratios. What
-needs a process of its own (a thread count, a peak of memory) runs in a fresh one.
+needs a process of its own (a thread count, a peak of memory) runs in a fresh one. There a
+function runs whose memory may be measured: what only others need they import themselves.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from evermind_runtime.machine import page_cache
 
 Cell: TypeAlias = str | int | float | None
 Seconds: TypeAlias = dict[str, list[float]]
@@ -63,6 +58,8 @@ def run(
     measure: Callable[[bool], Report], *, plot: Callable[[Report, Path], None] | None = None
 ) -> None:
     """The command line of one benchmark; `plot` draws its report into a file."""
+    import argparse
+
     summary = (sys.modules[measure.__module__].__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--quick", action="store_true", help="few rounds of small models: a check")
@@ -97,6 +94,8 @@ def fresh(
     `threads` bounds what numpy may use there; ONNX Runtime's threads are the function's. `begun`
     hears the process's id when it starts.
     """
+    import subprocess
+
     program = (
         f"import json, sys; from {_module(function)} import {function.__name__} as call; "
         "print(json.dumps(call(**json.loads(sys.argv[1]))))"
@@ -134,12 +133,14 @@ def interleaved(
 
 
 def median(values: list[float]) -> float:
+    import statistics
+
     return statistics.median(values)
 
 
 def ratio(one: list[float], other: list[float]) -> float:
     """The median over rounds of `one / other`."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+    return median([a / b for a, b in zip(one, other, strict=True)])
 
 
 def peak_bytes() -> int:
@@ -154,6 +155,8 @@ def resident_bytes() -> int:
 
 def cached_bytes(paths: Iterable[Path]) -> int:
     """What the page cache has of these files."""
+    from evermind_runtime.machine import page_cache
+
     total = 0
     for path in paths:
         with path.open("rb") as file:
@@ -179,6 +182,9 @@ def random_values(shape: tuple[int, ...], seed: int, scale: float) -> np.ndarray
 
 def machine() -> list[tuple[str, str]]:
     """What a reader needs to place the figures."""
+    import platform
+    from importlib.metadata import version
+
     cpu = next(
         (
             line.partition(":")[2].strip()

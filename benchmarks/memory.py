@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -21,6 +20,8 @@ PROMPT, NEW_TOKENS = 300, 40
 
 def measure(quick: bool) -> Report:
     # Not for the processes that are measured: they only run packages.
+    import tempfile
+
     from .models import language_model, package
 
     rows: list[list[str | int | float | None]] = []

@@ -18,7 +18,9 @@ from evermind_manifests.errors import DeviceError, MissingExtraError
 from .choose_threads import check_threads
 
 _ERRORS_ONLY = 3
-_SAME_AS_REQUESTED = 1
+_DOUBLE = 0
+# What the arena takes at first, and doubles when it is full. Only what is touched is memory.
+_ARENA_BYTES = 16 << 20
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
@@ -114,6 +116,8 @@ def _share(threads: int) -> None:
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
-    # Grow by what is asked for: doubling would overshoot a small budget.
-    config = ort.OrtArenaCfg({"arena_extend_strategy": _SAME_AS_REQUESTED})
+    # Not chunk by chunk as they are asked for: freed ones of different sizes never merge.
+    config = ort.OrtArenaCfg(
+        {"arena_extend_strategy": _DOUBLE, "initial_chunk_size_bytes": _ARENA_BYTES}
+    )
     ort.create_and_register_allocator(memory, config)

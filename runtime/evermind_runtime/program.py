@@ -164,15 +164,19 @@ def run_program(
     board: dict[str, Array] = {**inputs, **current, **state.lengths}
     # What replaces the state does so for the next call: later steps read the old value.
     replaced: dict[str, Array] = {}
-    for step in needed_steps(steps, wanted, kept):
+    for step, later in needed_steps(steps, wanted, kept):
         if isinstance(step, GraphStep):
-            values = _run_graph(engine, step, board, state)
+            read = later.union(*engine.pooled_routes(step).values())
+            values = _run_graph(engine, step, board, state, read)
             if step.pools:
                 engine.served(_needed_choices(engine, step, values, wanted, state))
         else:
             values = {step.y: _run_experts(engine, step, board, observer)}
         for name, array in values.items():
             (replaced if name in current else board)[name] = array
+        # What no later step reads is freed: it has a row for each of many tokens.
+        board = {name: array for name, array in board.items() if name in later}
+        values.clear()
     result = {name: replaced[name] if name in replaced else board[name] for name in wanted}
     engine.finite.check({**inputs, **result, **replaced})
     state.advance(replaced, count)
@@ -181,18 +185,20 @@ def run_program(
 
 def needed_steps(
     steps: Sequence[Step], wanted: Collection[str], state: Collection[str]
-) -> list[Step]:
-    """The steps that `wanted` values or the state depend on, in order. Pure."""
-    needed = {*wanted, *state}
-    kept: list[Step] = []
+) -> list[tuple[Step, frozenset[str]]]:
+    """The steps that `wanted` values or the state depend on, in order, and what is needed after
+    each: these, and what the steps after it read. Pure.
+    """
+    needed = frozenset({*wanted, *state})
+    kept: list[tuple[Step, frozenset[str]]] = []
     for step in reversed(steps):
         if isinstance(step, ExpertsStep):
             if step.y in needed:
-                kept.append(step)
+                kept.append((step, needed))
                 needed |= {step.x, step.ids, step.gates, *step.inputs.values()}
         elif needed.intersection(step.outputs.values()):
-            kept.append(step)
-            needed.update(step.inputs.values())
+            kept.append((step, needed))
+            needed |= {*step.inputs.values()}
             if step.experts:
                 needed |= {step.experts.ids, *([step.experts.gates] if step.experts.gates else [])}
     return kept[::-1]
@@ -209,7 +215,7 @@ def _needed_choices(
     prefill = engine.manifest.plan.prefill
     layers = {
         one.layer
-        for one in needed_steps(prefill, wanted, state.current)
+        for one, _ in needed_steps(prefill, wanted, state.current)
         if isinstance(one, ExpertsStep)
     }
     return [
@@ -228,9 +234,13 @@ def run_graph(path: str, session: Any, binding: ort.IOBinding) -> None:
 
 
 def _run_graph(
-    engine: Engine, step: GraphStep, board: Mapping[str, Array], state: State
+    engine: Engine,
+    step: GraphStep,
+    board: Mapping[str, Array],
+    state: State,
+    read: Collection[str],
 ) -> dict[str, Array]:
-    """What the step gives; but buffers of the state are written in place."""
+    """What the step gives of `read`; but buffers of the state are written in place."""
     session = engine.sessions.get(step.graph)
     binding = session.io_binding()
     for name, value in step.inputs.items():
@@ -238,10 +248,11 @@ def _run_graph(
             binding.bind_cpu_input(name, np.ascontiguousarray(board[value]))
     for name, fixed in engine.fixed_inputs(step):
         binding.bind_ortvalue_input(name, fixed)
-    given = {name: value for name, value in step.outputs.items() if value not in state.buffers}
+    outputs = step.outputs.items()
+    given = {name: value for name, value in outputs if value in read and value not in state.buffers}
     for name in given:  # first: outputs come in the order in which they are bound
         binding.bind_output(name, "cpu")
-    taken = {value: name for name, value in step.outputs.items() if value in state.buffers}
+    taken = {value: name for name, value in outputs if value in state.buffers}
     for name, value in step.inputs.items():
         if value in taken:
             state.buffers[value].place.bind(binding, name, taken[value])

@@ -6,15 +6,17 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evermind_manifests.errors import InputError, MissingExtraError, TemplateError
+
+# What starts a process is imported when one is: it would take 4 MB of every process.
+if TYPE_CHECKING:
+    import subprocess
 
 # Older versions let templates out of the sandbox.
 _LEAST_JINJA = (3, 1, 6)
@@ -100,6 +102,8 @@ class TemplateProcess:
         process, self._process = self._process, None
         if process is None:
             return 0
+        import subprocess
+
         # One that ends by itself is given the time to say how.
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
@@ -115,6 +119,9 @@ class TemplateProcess:
 
 
 def _start(seconds: int) -> subprocess.Popen[bytes]:
+    import subprocess
+    from importlib import metadata, util
+
     if util.find_spec("jinja2") is None:
         raise MissingExtraError("jinja2", "text", "Rendering a chat template")
     if util.find_spec("resource") is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import time
@@ -150,12 +152,12 @@ def test_a_conversation_that_is_no_json_or_too_long_is_refused(process: Template
 
 
 def test_without_jinja_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"evermind-pack\[text\]"):
         TemplateProcess().render("x", {})
 
 
 def test_a_jinja_that_is_not_safe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_process.metadata, "version", lambda _: "3.1.5")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.1.5")
     with pytest.raises(TemplateError, match=r"3\.1\.6 or later, found 3\.1\.5"):
         TemplateProcess().render("x", {})
