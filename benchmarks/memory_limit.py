@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .balloon import LET_GO
@@ -56,8 +56,9 @@ def held(limit: int) -> Iterator[Held]:
             assert process.stdout is not None
 
             def ask(what: str) -> str:
-                process.stdin.write(f"{what}\n")
-                process.stdin.flush()
+                # Of one that has ended the last word is still to be read.
+                with suppress(BrokenPipeError):
+                    os.write(process.stdin.fileno(), f"{what}\n".encode())
                 return process.stdout.readline().strip()
 
             try:
