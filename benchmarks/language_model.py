@@ -196,7 +196,8 @@ def _targets(
         ),
     ]
     if "tokens/s" in peer:
-        best = max(new_tokens / median(seconds[fastest(seconds)]) for seconds in (one, two))
+        # One thread is what such a package takes by itself.
+        best = new_tokens / median(one[whole])
         times = best / float(peer["tokens/s"] or 1)
         targets.insert(
             0,

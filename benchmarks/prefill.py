@@ -40,6 +40,7 @@ def measure(quick: bool) -> Report:
                     TOKENS / median(whole),
                     TOKENS / median(quarter),
                     shares[f"{name} {dtype}"],
+                    found["threads"],
                     found["used"],
                     found["reads"],
                 ]
@@ -49,6 +50,7 @@ def measure(quick: bool) -> Report:
         "all resident, tokens/s",
         "25 %, tokens/s",
         "share",
+        "threads",
         "experts used",
         "read in one chunk",
     ]
@@ -89,7 +91,8 @@ def prompt(path: str, rounds: int) -> dict[str, Any]:
             "100%": lambda: whole.forward(tokens, outputs=["logits"]),
             "25%": lambda: quarter.forward(tokens, outputs=["logits"]),
         }
-        return {"seconds": interleaved(sides, rounds), "used": used, "reads": reads}
+        seconds = interleaved(sides, rounds)
+        return {"seconds": seconds, "used": used, "reads": reads, "threads": whole.threads}
 
 
 if __name__ == "__main__":
