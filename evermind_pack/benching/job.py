@@ -12,8 +12,8 @@ class Job(Struct, frozen=True, kw_only=True):
 
     `budget` is the most bytes experts may take (`None`: no budget). `prompt` holds the tokens
     of a package that generates; others get `prompt_tokens` rows of random inputs. `seed`
-    chooses what is sampled. With `cold` the package's pages leave the page cache before what
-    is measured. `options` go to `load` as they are.
+    chooses what is sampled. With `cold` the package's pages leave the page cache before it
+    is loaded, and again before what is measured. `options` go to `load` as they are.
     """
 
     package: str
@@ -34,7 +34,8 @@ class Round(Struct, frozen=True, kw_only=True):
     `ttft_seconds` that of the measured run. `disk_bytes` are what came from a disk and not
     from the page cache, `None` where the system does not tell. `rss_bytes` is the process's
     peak. `dropped` says whether the pages left the page cache, `None` if that was not asked.
-    `io` is how experts were read, "direct" or "buffered", `plan` how they were held.
+    `io` is how experts were read, "direct" or "buffered", `plan` how they were held; `threads`
+    computed. `warnings` are what loading warned of.
     """
 
     load_seconds: float
@@ -54,6 +55,8 @@ class Round(Struct, frozen=True, kw_only=True):
     dropped: bool | None
     io: str
     plan: str
+    threads: int
+    warnings: list[str]
 
 
 class Failure(Struct, frozen=True, kw_only=True):

@@ -54,6 +54,7 @@ class Report:
     forecast_at_hit_rate: float
     off: float
     off_at_hit_rate: float
+    warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -107,6 +108,7 @@ def report(
         forecast_at_hit_rate=at_hit_rate,
         off=_outside(speed, predicted.tokens_per_second.even, predicted.tokens_per_second.skewed),
         off_at_hit_rate=speed / at_hit_rate - 1,
+        warnings=tuple(rounds[0].warnings),
     )
 
 

@@ -45,14 +45,17 @@ def main() -> int:
 
 def run_round(job: Job) -> Round:
     """Do what the job says in this process."""
+    # Opened, a package's files would be mapped: what is mapped stays.
+    dropped = _drop(job.package) if job.cold else None
     started = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PagingWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PagingWarning)
         model = load(job.package, budget=job.budget, **job.options)
     load_seconds = time.perf_counter() - started
     with model:
         first_seconds = _measure(model, job, job.seed).ttft
-        dropped = _drop(job.package) if job.cold else None
+        if job.cold:
+            dropped = _drop(job.package) and dropped
         run = _measure(model, job, job.seed + 1)
         manifest, stats = model.manifest, model.stats()
         begin, end = run.begin, run.end
@@ -74,6 +77,8 @@ def run_round(job: Job) -> Round:
             dropped=dropped,
             io=stats.io,
             plan=model.plan.name,
+            threads=model.threads,
+            warnings=[str(warning.message) for warning in caught],
         )
 
 

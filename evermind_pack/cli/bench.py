@@ -36,7 +36,7 @@ from evermind_pack.planning import (
 )
 
 from .arrays import check_targets
-from .options import add_policy, add_threads, thread_count, token_count
+from .options import add_policy, add_reading, add_threads, thread_count, token_count
 from .plan import machine_rows, model_rows, shown
 from .plots import check_pictures, plot_speeds
 from .run import token_ids
@@ -112,12 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how experts are held, as for `run`; the table shows what was taken (default: auto)",
     )
-    parser.add_argument(
-        "--io",
-        choices=("auto", "direct", "buffered"),
-        default="auto",
-        help="read experts directly from the disk, or through the page cache, as for `run`",
-    )
+    add_reading(parser)
     parser.add_argument(
         "--trace",
         metavar="FILE",
@@ -127,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cold",
         action="store_true",
-        help="have the package leave the page cache before each measurement",
+        help="have the package leave the page cache before loading and before each measurement",
     )
     parser.add_argument(
         "--plot", metavar="PNG", type=Path, help="draw tokens/s over budget (extra: plot)"
@@ -202,6 +197,8 @@ def run(args: argparse.Namespace) -> int:
         "max_new": args.max_new,
         "rounds": args.rounds,
         "policy": args.policy,
+        "guess": args.guess,
+        "threads": every[0].threads,
         "cold": all(one.dropped for one in every) if args.cold else None,
         "same_tokens": None if prompt is None else same_tokens(list(results.values())),
     }
@@ -331,6 +328,7 @@ def _load_options(args: argparse.Namespace) -> dict[str, Any]:
         "policy": args.policy,
         "profile": profile,
         "io": args.io,
+        "guess": args.guess,
         "plan": args.plan,
     }
 
@@ -356,7 +354,7 @@ def _print(
     print()
     unit = facts["unit"]
     head = ["budget", "", "plan", f"{unit}/s", "forecast", "off", "first token", "hit rate"]
-    head += ["read/token", "io", "of bound", "experts", "beyond"]
+    head += ["read/token", "io", "of bound", "experts", "beyond", "verdict"]
     rows = [
         [
             one.name,
@@ -372,11 +370,15 @@ def _print(
             f"{one.share_of_bound:.1%}",
             human_bytes(one.peak_expert_bytes),
             "unknown" if one.rss_beyond is None else human_bytes(one.rss_beyond),
+            one.forecast.verdict,
         ]
         for one in reports
     ]
     print_columns([head, *rows])
     print()
+    for one in reports:
+        for line in one.warnings:
+            remark(f"warning: budget {one.name}: {line}", quiet=quiet)
     for line in _remarks(facts):
         remark(line, quiet=quiet)
 
@@ -384,14 +386,15 @@ def _print(
 def _remarks(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"medians of {facts['rounds']} rounds of {facts['max_new']} {facts['unit']} after "
-        f"{facts['prompt_tokens']}, each in a fresh process; first token: nothing paged in yet; "
+        f"{facts['prompt_tokens']}, each in a fresh process, "
+        f"{facts['threads']} threads computing; first token: nothing paged in yet; "
         "beyond: memory beside experts and resident part",
         "forecast: made beforehand, from even to skewed routing, by the formula of `plan`",
     ]
     if facts["cold"] is None:
         lines.append("the package lay in the page cache as far as it fits: see --cold")
     elif facts["cold"]:
-        lines.append("the package's pages had left the page cache before each measurement")
+        lines.append("the package's pages had left the page cache before loading and measuring")
     else:
         lines.append("warning: the package's pages did not all leave the page cache: not cold")
     if facts["same_tokens"] is not None:

@@ -90,6 +90,24 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """`--io` and `--guess`: how and when experts are read."""
+    parser.add_argument(
+        "--io",
+        choices=("auto", "direct", "buffered"),
+        default="auto",
+        help="read experts directly from the disk, or through the page cache (default: what "
+        "should be the faster)",
+    )
+    parser.add_argument(
+        "--guess",
+        choices=("auto", "off"),
+        default="auto",
+        help="read what the next layer will probably need while this one runs (default: auto: "
+        "as long as it is right more often than not)",
+    )
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """`-o`: the package that is written."""
     parser.add_argument(

@@ -27,7 +27,7 @@ from .arrays import (
 from .chat import add_chat_arguments, chat, check_chat
 from .generated import Generated, follow
 from .introspection import draw_heatmap, print_introspection, write_prometheus
-from .options import SAMPLING, add_policy, add_sampling, add_threads, thread_count
+from .options import SAMPLING, add_policy, add_reading, add_sampling, add_threads, thread_count
 from .plots import check_pictures
 from .remote import add_remote_arguments, remote_options
 from .terminal import human_bytes, print_json, print_table, remark
@@ -88,20 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how experts are held: all stacked in float32, all as they are stored, or paged "
         "(default: the fastest that fits)",
     )
-    parser.add_argument(
-        "--io",
-        choices=("auto", "direct", "buffered"),
-        default="auto",
-        help="read experts directly from the disk, or through the page cache (default: what "
-        "should be the faster)",
-    )
-    parser.add_argument(
-        "--guess",
-        choices=("auto", "off"),
-        default="auto",
-        help="read what the next layer will probably need while this one runs (default: auto: "
-        "as long as it is right more often than not)",
-    )
+    add_reading(parser)
     inside = parser.add_argument_group("introspection")
     inside.add_argument(
         "--introspect",
@@ -299,14 +286,16 @@ def _counters(model: Model) -> dict[str, Any]:
         "budget_bytes": stats.budget_bytes,
         "device": model.device,
         "compute": model.compute,
+        "threads": model.threads,
     }
 
 
 def _counter_rows(model: Model) -> dict[str, str]:
     stats = model.stats()
+    threads = {"threads": f"{model.threads} compute"}
     if not model.manifest.layers:
-        return {}
-    return {
+        return threads
+    return threads | {
         "plan": f"{model.plan.name}: {model.plan.reason}",
         "experts": f"{stats.expert_hits:,} hits, {stats.expert_misses:,} misses "
         f"({stats.hit_rate:.0%} hits)",

@@ -101,10 +101,11 @@ def _record(args: argparse.Namespace) -> None:
             hint="To replay what was recorded: evermind-pack trace --replay FILE",
         )
     prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
-    with warnings.catch_warnings():
-        # Whether it pages well does not matter here.
-        warnings.simplefilter("ignore", PagingWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PagingWarning)
         model = load(args.package, budget=args.budget, remote=remote_options(args))
+    for warning in caught:
+        remark(f"warning: {warning.message}", quiet=args.quiet)
     with model, progress("tokens", quiet=args.quiet) as report:
         if not model.manifest.layers:
             raise InputError(f"{args.package}: there are no experts to trace")

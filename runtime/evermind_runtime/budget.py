@@ -1,4 +1,4 @@
-"""Memory budgets: what a user writes, what a package needs, and what to expect of it. Pure."""
+"""Memory budgets: what a user writes, and what a package needs. Pure."""
 
 from __future__ import annotations
 
@@ -73,15 +73,3 @@ def check_budget(budget: int, manifest: Manifest) -> None:
             hint=f"Give at least {needed} bytes; {token_cycle_bytes(manifest)} hold all the "
             f"experts one token passes through.",
         )
-
-
-def thrash_warning(budget: int, manifest: Manifest) -> str | None:
-    """A sentence for a budget under one token's cycle, where little can be kept; else `None`."""
-    cycle = token_cycle_bytes(manifest)
-    if not working_set_bytes(manifest) <= budget < cycle:
-        return None
-    return (
-        f"the budget of {budget:,} bytes is below the {cycle:,} bytes of experts that one token "
-        f"passes through: most are evicted before their layer comes round again, so expect "
-        f"few hits (none with the policy 'lru') and most experts to be read for every token"
-    )

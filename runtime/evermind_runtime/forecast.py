@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
+from evermind_manifests.manifest import Manifest
+
 from .machine import Machine
 from .profile import Profile
 from .replay import replay
-from .sizes import ModelSizes
+from .sizes import ModelSizes, manifest_sizes
 from .trace import Trace
 
 # Measured on OLMoE-1B-7B (tests/fixtures/traces), policy `decayed`, from 6 to 75 % of the
@@ -144,6 +146,29 @@ def expected_hit_rate(
     if profile is not None:
         even = _hottest(sizes, budget, profile)
     return Range(even, max(even, skewed))
+
+
+def thrash_warning(
+    budget: int, manifest: Manifest, policy: str = "decayed", profile: Profile | None = None
+) -> str | None:
+    """A sentence for a budget under one token's cycle, with the hit rate and the reads to expect.
+
+    `None` where the budget holds a cycle, or not even one step.
+    """
+    sizes = manifest_sizes(manifest)
+    cycle = sizes.cycle_bytes
+    if not sizes.least_budget <= budget < cycle:
+        return None
+    rate = expected_hit_rate(sizes, budget, policy=policy, profile=profile)
+    hits, read = f"{rate.even:.0%}", f"{round((1 - rate.even) * cycle):,}"
+    if rate.skewed > rate.even:
+        hits += f" to {rate.skewed:.0%}"
+        read = f"{round((1 - rate.skewed) * cycle):,} to {read}"
+    return (
+        f"the budget of {budget:,} bytes is below the {cycle:,} bytes of experts that one token "
+        f"passes through: most are evicted before their layer comes round again, so expect "
+        f"{hits} hits with the policy '{policy}', and {read} bytes to be read for every token"
+    )
 
 
 def forecast(

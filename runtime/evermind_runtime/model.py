@@ -18,7 +18,7 @@ from evermind_manifests.package import Package
 
 from . import onnx_runtime
 from .arrays import check_inputs, empty_output, join_tokens, slice_tokens, tokens_in
-from .budget import parse_budget, thrash_warning
+from .budget import parse_budget
 from .chat import Chat, ChatTemplates, Message
 from .choose_compute import ComputeName, choose_compute
 from .choose_plan import PlanName
@@ -26,6 +26,7 @@ from .choose_policy import PolicyName, make_policy
 from .choose_threads import suited_threads
 from .decode import BoundDecode
 from .devices import open_device
+from .forecast import thrash_warning
 from .generation import Piece, generate
 from .guessing import GuessMode
 from .introspection import Introspection, report
@@ -120,7 +121,7 @@ class Model:
         self._tokens = 0
         self._lock = threading.Lock()
         paged = self.plan.name == "paged"
-        if paged and (warning := thrash_warning(self.budget, manifest)):
+        if paged and (warning := thrash_warning(self.budget, manifest, policy, heat)):
             warnings.warn(warning, PagingWarning, stacklevel=3)
 
     @property
@@ -364,6 +365,7 @@ class Model:
             resident_expert_bytes=slots.resident_bytes + pooled,
             peak_resident_expert_bytes=slots.peak_resident_bytes + pooled,
             budget_bytes=self.budget,
+            threads=self.threads,
         )
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ class Stats:
     what steps waited for the experts they missed. `prefetches` experts were read on a guess,
     of which `prefetches_used` were needed; `prefetch_wasted_bytes` were read for the others.
     `io` is how experts are read, "direct" or "buffered", and `io_note` why not directly.
+    `threads` compute; a process's first package sets up as many for all.
     `resident_expert_bytes` counts whole slots, in the dtype the experts are held in.
     """
 
@@ -33,6 +34,7 @@ class Stats:
     resident_expert_bytes: int
     peak_resident_expert_bytes: int
     budget_bytes: int
+    threads: int
 
     @property
     def hit_rate(self) -> float:

@@ -22,6 +22,7 @@ from evermind_runtime.sizes import ModelSizes, StateSizes
 from msgspec import structs
 
 from evermind_pack.benching import Job, Round, report, run_rounds
+from evermind_pack.benching import round as benching_round
 from evermind_pack.benching.report import same_tokens
 from evermind_pack.benching.round import run_round
 from tests.cli.command_line import call
@@ -218,6 +219,54 @@ def test_a_round_counts_decoding_only(package: Path) -> None:
     assert other.peak_expert_bytes <= 20 * 1024
 
 
+def test_a_cold_round_is_cold_when_it_loads_and_when_it_is_measured(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    results = iter([True, True, False, True])
+
+    def drop(location: str) -> bool:
+        assert location == str(package)
+        happened.append("drop")
+        return next(results)
+
+    def measure(*_: Any) -> Any:
+        happened.append("measure")
+        return measured(*_)
+
+    def loading(*_: Any, **options: Any) -> Any:
+        happened.append("load")
+        return loaded(*_, **options)
+
+    measured, loaded = benching_round._measure, benching_round.load
+    monkeypatch.setattr(benching_round, "_drop", drop)
+    monkeypatch.setattr(benching_round, "_measure", measure)
+    monkeypatch.setattr(benching_round, "load", loading)
+    assert run_round(job(package, cold=True)).dropped is True
+    assert happened == ["drop", "load", "measure", "drop", "measure"]
+    assert run_round(job(package, cold=True)).dropped is False
+    happened.clear()
+    assert run_round(job(package)).dropped is None
+    assert happened == ["load", "measure", "measure"]
+
+
+def test_what_a_bench_was_told_and_warned_of_is_shown(package: Path, capsys: Any) -> None:
+    arguments = ("--budgets", "12.5%", "--rounds", 1, "--max-new", 2, "--tokens", "1,2")
+    arguments += ("--guess", "off", "--threads", 2)
+    code, out, _ = call(capsys, "bench", package, *arguments, "--json")
+    result = json.loads(out)
+    assert (code, result["guess"], result["threads"]) == (0, "off", 2)
+    (one,) = result["results"]
+    assert one["forecast"]["verdict"] == "fits, but thrashes"
+    even, skewed = (one["forecast"]["hit_rate"][end] for end in ("even", "skewed"))
+    assert f"expect {even:.0%} to {skewed:.0%} hits" in one["warnings"][0]
+    code, out, err = call(capsys, "bench", package, *arguments)
+    assert code == 0
+    assert "fits, but thrashes" in out
+    assert "warning: budget 12.5%: the budget of" in err
+    assert "2 threads computing" in err
+
+
 def test_rounds_run_in_fresh_processes_and_in_turn(package: Path) -> None:
     told: list[tuple[int, int]] = []
     results = run_rounds(
@@ -265,6 +314,8 @@ def test_figures_follow_from_the_rounds() -> None:
             dropped=None,
             io="buffered",
             plan="paged",
+            threads=1,
+            warnings=["few hits"],
         )
         for seconds, disk in ((1.0, 10**6), (2.0, 0), (4.0, 9 * 10**6))
     ]
@@ -273,6 +324,7 @@ def test_figures_follow_from_the_rounds() -> None:
     assert (one.tokens_per_second.least, one.tokens_per_second.median) == (2.5, 5)
     assert one.tokens_per_second.most == 10
     assert one.hit_rate == 0.75
+    assert one.warnings == ("few hits",)
     assert one.bytes_per_token == 5 * 10**5
     assert one.rss_beyond == 60 * 10**6 - 10**6 - 3 * 10**6
     # 0.1 MB a token from the disk at 1 GB/s, 0.4 MB from the page cache at 8 GB/s: 0.15 ms,

@@ -15,6 +15,9 @@ from evermind_runtime.budget import (
     total_expert_bytes,
     working_set_bytes,
 )
+from evermind_runtime.forecast import expected_hit_rate
+from evermind_runtime.openers import open_location
+from evermind_runtime.sizes import manifest_sizes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -120,8 +123,16 @@ def test_too_small_a_budget_is_refused_with_the_number_that_does(lm_package: Pat
 
 def test_a_thrashing_budget_is_announced(lm_package: Path) -> None:
     cycle = token_cycle_bytes(em.load(lm_package).manifest)
-    with pytest.warns(em.PagingWarning, match="expect few hits"):
+    with open_location(lm_package) as package:
+        sizes = manifest_sizes(package.manifest)
+    rate = expected_hit_rate(sizes, cycle - 1)
+    expected = f"expect {rate.even:.0%} to {rate.skewed:.0%} hits with the policy 'decayed'"
+    assert 0 < rate.even < rate.skewed < 1
+    with pytest.warns(em.PagingWarning, match=expected):
         em.load(lm_package, budget=cycle - 1)
+    none = f"expect 0% hits with the policy 'lru', and {cycle:,} bytes to be read for every token"
+    with pytest.warns(em.PagingWarning, match=none):
+        em.load(lm_package, budget=cycle - 1, policy="lru")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         em.load(lm_package, budget=cycle)
