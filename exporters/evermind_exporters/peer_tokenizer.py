@@ -45,14 +45,14 @@ def read_peer_tokenizer(path: Path) -> bytes:
     """
     file = path / TOKENIZER_NAME if path.is_dir() else path
     if file.is_file():
-        model = read_object(file, _MAX_BYTES, CheckpointError).get("model", {})
+        model = _read_text(file).get("model", {})
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
             raise CheckpointError(f"{file}: model.merges: expected a list of merges")
         vocab, merges = model.get("vocab"), model["merges"]
     elif (path / VOCAB_NAME).is_file():
         file = path / VOCAB_NAME
         vocab, merges = (
-            read_object(file, _MAX_BYTES, CheckpointError),
+            _read_text(file),
             _merge_lines(path / MERGES_NAME),
         )
     else:
@@ -156,6 +156,16 @@ def _checked(vocab: Any, where: str) -> dict[str, int]:
     if len(set(vocab.values())) != len(vocab):
         raise CheckpointError(f"{where}: vocabulary: two tokens have the same id")
     return vocab
+
+
+def _read_text(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, all of it text: a lone surrogate, as an escape, is none."""
+    value = read_object(path, _MAX_BYTES, CheckpointError)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    return value
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""JSON in a file that somebody else may have written: bounded, text, and no key twice."""
+"""JSON in a file that somebody else may have written: bounded, and no key twice."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ def read_object(path: Path, most_bytes: int, error: type[EvermindPackError]) -> 
 def read_json(path: Path, most_bytes: int, error: type[EvermindPackError]) -> Any:
     """The value in `path`.
 
-    Raises `LocationError` where there is no file, `error` for what is no JSON, has a key twice,
-    half a character (a lone surrogate), or is over `most_bytes`.
+    Raises `LocationError` where there is no file, `error` for what is no JSON, has a key twice or
+    is over `most_bytes`.
     """
     data = read_head(path, most_bytes + 1)
     if data is None or len(data) > most_bytes:
         raise error(f"{path}: expected a JSON file of at most {most_bytes:,} bytes")
     try:
         value = json.loads(data, object_pairs_hook=unique_keys)
-        if b"\\u" in data:
-            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: not JSON: {cause}") from cause
     return value

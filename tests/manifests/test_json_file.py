@@ -23,8 +23,6 @@ def test_values_are_read(tmp_path: Path) -> None:
         ("[1]", "expected a JSON object, found list"),
         ('{"a": 1, "a": 1}', "the key 'a' stands twice"),
         ('{"b": {"a": 1, "a": 2}}', "the key 'a' stands twice"),
-        ('{"a": "\\ud83d"}', "surrogates not allowed"),
-        ('{"\\ude00": 1}', "surrogates not allowed"),
         ("{", "not JSON"),
         ("[" * 10**5, "not JSON"),
         (" " * (1 << 18), "at most 200,000 bytes"),
