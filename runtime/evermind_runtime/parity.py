@@ -24,6 +24,7 @@ from evermind_manifests.package import Package
 from evermind_manifests.problems import Problem, problem, problem_of
 
 from .budget import token_cycle_bytes
+from .choose_compute import ComputeName, choose_compute
 from .devices import numpy_dtype
 from .model import Model, Steps
 from .state import Array
@@ -68,9 +69,17 @@ class Comparison:
     error: float = 0.0
 
 
-def parity_problems(package: Package) -> list[Problem]:
-    """What `validate --run` reports: every result that is off, or why none could be had."""
-    return compare_parity(package).problems
+def parity_problems(
+    package: Package, device: str = "cpu", compute: ComputeName = "auto"
+) -> list[Problem]:
+    """What `validate --run` reports: every result that is off, or why none could be had.
+
+    Raises what `choose_compute` does.
+    """
+    chosen = choose_compute(compute, package.manifest, device)
+    if chosen == "f32":
+        return compare_parity(package, device).problems
+    return compare_variant(package, chosen, device).problems
 
 
 def compare_variant(package: Package, compute: Half, device: str = "cpu") -> Comparison:

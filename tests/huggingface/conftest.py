@@ -20,15 +20,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "jamba": {"dtype": "float16"},
     # Of what an ordinary run leaves out.
     "deepseek_v3": {"dtype": "bfloat16"},
-    "deepseek_v2": {"dtype": "float16"},
     "qwen2_moe": {"dtype": "bfloat16"},
     "qwen3_next": {"dtype": "bfloat16"},
     "lfm2_moe": {"dtype": "bfloat16"},
-    "llama4_text": {"dtype": "bfloat16"},
     "ernie4_5_moe": {"dtype": "float16"},
     "phimoe": {"dtype": "bfloat16"},
-    "dbrx": {"dtype": "bfloat16"},
-    "granitemoehybrid": {"dtype": "bfloat16"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +17,18 @@ import pytest
 from evermind_exporters.huggingface.cuda_kernels import KERNELS
 from evermind_exporters.huggingface.emulation import Emulated, emulate, emulated_graph
 from evermind_exporters.huggingface.half import fit_for_cuda, with_float_edges
-from evermind_manifests.errors import DeviceError, InputError
+from evermind_exporters.huggingface.import_ import ImportOptions, import_checkpoint
+from evermind_manifests.errors import ConfigError, DeviceError, InputError
 from evermind_manifests.manifest import GraphStep, Half, Manifest
 from evermind_manifests.package import Package, open_package
 from evermind_manifests.variants import computing
 from evermind_runtime import onnx_runtime
 from evermind_runtime.choose_compute import ComputeName
 from evermind_runtime.model import Model
-from evermind_runtime.parity import compare_variant, typical_error
+from evermind_runtime.parity import compare_parity, compare_variant, typical_error
 from onnx import TensorProto, helper
+
+from tests.cli.command_line import call
 
 from .conftest import FORMS, Imported
 from .test_parity import logits_of
@@ -145,7 +149,9 @@ def test_experts_are_chosen_by_scores_in_float32(imported: Callable[[str], Impor
     """Mixtral's router gives a softmax in float32, whose result no cast rounds on its way."""
     made = imported("mixtral")
     _, manifest = variant_of(made.package)
-    graph = onnx.load(made.package / manifest.plan.prefill[0].graph, load_external_data=False).graph
+    first = manifest.plan.prefill[0]
+    assert isinstance(first, GraphStep)
+    graph = onnx.load(made.package / first.graph, load_external_data=False).graph
     maker = {name: node for node in graph.node for name in node.output}
     (top_k,) = (node for node in graph.node if node.op_type == "TopK")
     node, passed = maker[top_k.input[0]], []
@@ -193,6 +199,59 @@ def test_keys_and_values_are_kept_in_half_precision(imported: Callable[[str], Im
 def test_a_cpu_refuses_bfloat16(imported: Callable[[str], Imported]) -> None:
     with pytest.raises(DeviceError, match="bf16"):
         em.load(imported("mixtral").package, compute="bf16")
+
+
+def test_the_commands_run_what_is_asked_for(
+    imported: Callable[[str], Imported], capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = imported("gpt_oss").package
+    assert call(capsys, "validate", package, "--deep", "--run", "--compute", "f16")[0] == 0
+    assert call(capsys, "validate", package, "--compute", "f16")[0] == 2
+    code, _, error = call(capsys, "validate", package, "--run", "--compute", "bf16")
+    assert code != 0
+    assert "has programs for f32, f16 only" in error
+    arguments = ("--tokens", "5,9", "--max-new", "3", "--compute", "f16", "--json")
+    code, out, _ = call(capsys, "run", package, *arguments)
+    assert (code, json.loads(out)["compute"]) == (0, "f16")
+
+
+def test_half_precision_needs_weights_in_it(
+    imported: Callable[[str], Imported], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--dtype f16"):
+        import_checkpoint(
+            imported("olmoe").checkpoint, tmp_path / "p", ImportOptions(compute="both")
+        )
+    with pytest.raises(ConfigError, match="expected f32 or both"):
+        import_checkpoint(
+            imported("olmoe").checkpoint,
+            tmp_path / "p",
+            ImportOptions(compute="half"),  # type: ignore[arg-type]
+        )
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_variant_that_computes_something_else_is_found_out(
+    imported: Callable[[str], Imported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_package(imported("gpt_oss").package) as package:
+        tolerance = package.manifest.variants["f16"].tolerance
+        variant = package.computing("f16")
+        assert not compare_parity(variant, half_tolerance=tolerance).problems
+        experts = {kind.graph for kind in variant.manifest.kinds.values()}
+        read = variant.read_file
+
+        def doubled(path: str) -> bytes:
+            if path not in experts:
+                return read(path)
+            model = onnx.ModelProto.FromString(read(path))
+            model.graph.node[-1].output[0] = "once"
+            model.graph.node.append(helper.make_node("Add", ["once", "once"], ["y"]))
+            return model.SerializeToString()
+
+        monkeypatch.setattr(variant, "read_file", doubled)
+        (found, *_) = compare_parity(variant, half_tolerance=tolerance).problems
+    assert "expected most tokens within" in found.message
 
 
 def test_a_node_without_a_kernel_is_between_casts() -> None:

@@ -156,6 +156,7 @@ def import_checkpoint(
             kinds = ExpertKinds(empty, modules, stored_as)
             trunk = Trunk(empty, modules, checkpoint, trunk_wanted)
             model = skeleton(empty, modules, trunk.name)
+        compute = half_of(stored_as, modules, trunk) if options.compute == "both" else None
         kept = _resume(writer, checkpoint, options, tell, progress)
         text = model.config.get_text_config()
         places = trunk.places()
@@ -169,8 +170,7 @@ def import_checkpoint(
         cut = cut_graph(program, trunk, limit)
         del program
         half = None
-        if options.compute == "both":
-            compute = half_of(stored_as, modules, trunk)
+        if compute is not None:
             tell(f"tracing the model in {compute}")
             with quiet():
                 half = HalfModel(folder, compute, modules, kinds, trunk, limit)
