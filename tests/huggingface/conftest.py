@@ -23,6 +23,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"dtype": "bfloat16"},
     "qwen3_next": {"dtype": "bfloat16"},
     "lfm2_moe": {"dtype": "bfloat16"},
+    # Attention with a mask.
+    "zaya": {"dtype": "bfloat16"},
     "ernie4_5_moe": {"dtype": "float16"},
     "phimoe": {"dtype": "bfloat16"},
 }

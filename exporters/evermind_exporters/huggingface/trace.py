@@ -120,7 +120,9 @@ def trace(
                 "past_key_values": [{} if axis is None else {axis: vary} for axis in varying],
             }
             onnx: Any = exporter_onnx
-            config = onnx.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
+            # Attention with a mask is fused to an operator that takes none on CUDA.
+            fusions = "cpu" if plain or model.dtype == torch.float32 else None
+            config = onnx.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions)
             inputs = {**tokens, "past_key_values": cache}
             with scanned_recurrences(model):
                 return onnx.OnnxExporter().export(model, inputs, config=config).program
