@@ -22,9 +22,12 @@ from evermind_runtime.choose_threads import suited_threads
 from evermind_runtime.forecast import (
     FORMULA,
     GRAPH_RUN_CALLS,
+    HEADROOM,
     LOAD_CALLS,
+    OVERHEAD_BYTES,
     PAGE_IN_CALLS,
     POOLED_LAYER_CALLS,
+    PREFILL_CHUNK,
     REPETITION,
     SESSION_CALLS,
     SKEW,
@@ -35,15 +38,18 @@ from evermind_runtime.forecast import (
 )
 from evermind_runtime.machine import Extent, Machine, measure_machine, shard_extents
 from evermind_runtime.openers import open_location
-from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile
+from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile, read_profile
 from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes, pooled_sizes
 from evermind_runtime.stores.options import RemoteOptions
 from evermind_runtime.stores.urls import is_url
-from evermind_runtime.trace import Trace
+from evermind_runtime.trace import Trace, read_trace
 
 CONFIG_NAME = "config.json"
 ImportDType: TypeAlias = Literal["keep", "f16", "bf16", "f32"]
-_OF_RUNNING = ("hit_rate", "bytes_per_token", "tokens_per_second", "bound", "ttft_seconds")
+_OF_RUNNING = (
+    *("hit_rate", "bytes_per_token", "tokens_per_second", "bound", "ttft_seconds"),
+    *("prompt_expert_bytes", "prompt_parameters", "prompt_graph_runs"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,66 @@ def _config_subject(
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """What tells the hit rate: a recorded trace, a profile of how hot experts are, or neither.
+
+    `profile_from` says where the profile is from.
+    """
+
+    trace: Trace | None = None
+    profile: Profile | None = None
+    trace_from: str | None = None
+    profile_from: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What decides, as `--json` calls it."""
+        if self.trace is not None:
+            return "trace"
+        return "model" if self.profile is None else "profile"
+
+    @property
+    def text(self) -> str:
+        """The same for a person."""
+        if self.trace is not None:
+            return f"hit rates by replaying {self.trace_from}"
+        heat = "" if self.profile is None else f", the lower end by {self.profile_from}"
+        return f"ranges from even to skewed routing{heat}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"routing": self.kind, "trace": self.trace_from, "profile": self.profile_from}
+
+
+def read_routing(
+    subject: Subject, policy: str, trace: Path | None, profile: Path | None
+) -> Routing:
+    """The files a user named, or else the package's own profile where the policy heeds one.
+
+    Raises `InputError` for files that cannot be read or had no effect, and for `pinned` without
+    a profile.
+    """
+    layers = subject.sizes.layers
+    if profile and policy == "lru":
+        raise InputError("--profile has no meaning with --policy lru: it heeds no heat")
+    if trace and profile and policy != "pinned":
+        raise InputError("give either --trace or --profile: each says what the hit rate is")
+    heat = None if policy == "lru" or (trace and policy != "pinned") else subject.profile
+    heat_from = None if heat is None else f"the package's own {PROFILE_NAME}"
+    if profile:
+        heat, heat_from = read_profile(profile, layers), str(profile)
+    if policy == "pinned" and layers and heat is None:
+        raise InputError(
+            "--policy pinned needs a routing profile, and the package has none: expected --profile"
+        )
+    record = read_trace(trace).of(layers, str(trace)) if trace else None
+    return Routing(record, heat, str(trace) if trace else None, heat_from)
+
+
+NO_ROUTING = Routing()
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """A forecast, the plan that `load` would take for it, and the sizes under that plan.
 
@@ -210,8 +276,7 @@ def predict(
     *,
     plan: PlanName = "auto",
     policy: str = "decayed",
-    trace: Trace | None = None,
-    profile: Profile | None = None,
+    routing: Routing = NO_ROUTING,
     prompt_tokens: int,
     memory: int | None,
 ) -> Prediction:
@@ -227,7 +292,9 @@ def predict(
             sizes = pooled_sizes(subject.manifest, sizes)
             budget = None
     held = sizes.all_expert_bytes if budget is None else budget
-    rate = expected_hit_rate(sizes, held, policy=policy, trace=trace, profile=profile)
+    rate = expected_hit_rate(
+        sizes, held, policy=policy, trace=routing.trace, profile=routing.profile
+    )
     figures = forecast(sizes, held, machine, rate, prompt_tokens=prompt_tokens, memory=memory)
     return Prediction(chosen, figures, sizes)
 
@@ -272,5 +339,8 @@ def method() -> dict[str, Any]:
             "page_in_calls": PAGE_IN_CALLS,
             "session_calls": SESSION_CALLS,
             "load_calls": LOAD_CALLS,
+            "overhead_bytes": OVERHEAD_BYTES,
+            "prefill_chunk": PREFILL_CHUNK,
+            "headroom": HEADROOM,
         },
     }

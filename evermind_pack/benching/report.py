@@ -31,6 +31,8 @@ class Report:
     much of that was reached. `off` is how far the measured speed lies outside the forecast's
     range, as a share of its nearer end (0 inside), `off_at_hit_rate` how far from the forecast
     for the hit rate that was measured: what then remains is the machine's part of the error.
+    `off_first` and `off_rss` are `off` of `first_seconds` and `rss_bytes`. `forecast_disk_rate`
+    is what the forecast took a miss to come at, the page cache's if `forecast_disk_how` is "warm".
     """
 
     name: str
@@ -54,6 +56,10 @@ class Report:
     forecast_at_hit_rate: float
     off: float
     off_at_hit_rate: float
+    off_first: float
+    off_rss: float | None
+    forecast_disk_how: str
+    forecast_disk_rate: float
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +114,14 @@ def report(
         forecast_at_hit_rate=at_hit_rate,
         off=_outside(speed, predicted.tokens_per_second.even, predicted.tokens_per_second.skewed),
         off_at_hit_rate=speed / at_hit_rate - 1,
+        off_first=_outside(
+            _median(rounds, lambda one: one.first_seconds),
+            predicted.ttft_seconds.even,
+            predicted.ttft_seconds.skewed,
+        ),
+        off_rss=max(rss) / predicted.rss - 1 if rss else None,
+        forecast_disk_how=at_work.disk_how,
+        forecast_disk_rate=at_work.disk_rate,
         warnings=tuple(rounds[0].warnings),
     )
 

@@ -18,11 +18,9 @@ from evermind_runtime.choose_plan import PLAN_NAMES
 from evermind_runtime.forecast import process_bytes
 from evermind_runtime.machine import Machine
 from evermind_runtime.openers import open_location
-from evermind_runtime.profile import read_profile
 from evermind_runtime.sizes import ModelSizes, generates
 from evermind_runtime.stores.urls import is_url
 from evermind_runtime.tokenizer import open_codec
-from evermind_runtime.trace import read_trace
 
 from evermind_pack.benching import Job, Report, report, run_rounds
 from evermind_pack.benching.report import same_tokens
@@ -32,6 +30,7 @@ from evermind_pack.planning import (
     method,
     package_subject,
     predict,
+    read_routing,
     standard_budgets,
 )
 
@@ -134,16 +133,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     threads = thread_count(args)
     with open_location(args.package) as package:
-        subject = package_subject(package)
         prompt = _prompt(args, package)
-        layers = subject.sizes.layers
-        trace = read_trace(args.trace).of(layers, str(args.trace)) if args.trace else None
-        profile = read_profile(args.profile, layers) if args.profile else subject.profile
-        if args.plot and not layers:
+        rows = args.prompt_tokens or _PROMPT_TOKENS if prompt is None else len(prompt)
+        subject = package_subject(package, rows + args.max_new)
+        routing = read_routing(subject, args.policy, args.trace, args.profile)
+        if args.plot and not subject.sizes.layers:
             raise InputError("--plot: a package without experts has no budgets to compare")
         budgets = _budgets(args.budgets, package.manifest, subject.sizes)
         machine = subject.measure(threads)
-    rows = args.prompt_tokens or _PROMPT_TOKENS if prompt is None else len(prompt)
 
     def at_work(budget: int | None) -> Machine:
         from_disk = args.cold or args.io == "direct" or not _cache_holds(machine, subject, budget)
@@ -155,9 +152,8 @@ def run(args: argparse.Namespace) -> int:
             budget,
             at_work(budget),
             plan=args.plan,
-            policy="lru" if args.policy == "lru" else "decayed",
-            trace=trace,
-            profile=profile,
+            policy=args.policy,
+            routing=routing,
             prompt_tokens=rows,
             memory=machine.available.bytes if machine.available else None,
         )
@@ -197,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
         "max_new": args.max_new,
         "rounds": args.rounds,
         "policy": args.policy,
+        "context": subject.sizes.context,
+        **routing.to_dict(),
         "guess": args.guess,
         "threads": every[0].threads,
         "cold": all(one.dropped for one in every) if args.cold else None,
@@ -215,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     else:
-        _print(subject, machine, reports, facts, quiet=args.quiet)
+        _print(subject, machine, reports, facts, routing.text, quiet=args.quiet)
     if args.plot:
         _plot(args.plot, subject, reports, foresee)
     return 0
@@ -347,6 +345,7 @@ def _print(
     machine: Machine,
     reports: list[Report],
     facts: dict[str, Any],
+    routing: str,
     *,
     quiet: bool,
 ) -> None:
@@ -354,7 +353,7 @@ def _print(
     print()
     unit = facts["unit"]
     head = ["budget", "", "plan", f"{unit}/s", "forecast", "off", "first token", "hit rate"]
-    head += ["read/token", "io", "of bound", "experts", "beyond", "verdict"]
+    head += ["read/token", "io", "of bound", "experts", "beyond", "memory", "verdict"]
     rows = [
         [
             one.name,
@@ -362,14 +361,17 @@ def _print(
             one.plan,
             number(one.tokens_per_second.median),
             shown(one.forecast.tokens_per_second, number),
-            "inside" if one.off == 0 else f"{one.off:+.0%}",
-            seconds(one.first_seconds),
+            _off(one.off),
+            f"{seconds(one.first_seconds)} ({_off(one.off_first)})",
             f"{one.hit_rate:.1%}",
             human_bytes(int(one.bytes_per_token)),
             one.io,
             f"{one.share_of_bound:.1%}",
             human_bytes(one.peak_expert_bytes),
             "unknown" if one.rss_beyond is None else human_bytes(one.rss_beyond),
+            "unknown"
+            if one.rss_bytes is None or one.off_rss is None
+            else f"{human_bytes(one.rss_bytes)} ({one.off_rss:+.0%})",
             one.forecast.verdict,
         ]
         for one in reports
@@ -379,17 +381,22 @@ def _print(
     for one in reports:
         for line in one.warnings:
             remark(f"warning: budget {one.name}: {line}", quiet=quiet)
-    for line in _remarks(facts):
+    for line in _remarks(facts, routing):
         remark(line, quiet=quiet)
 
 
-def _remarks(facts: dict[str, Any]) -> list[str]:
+def _off(share: float) -> str:
+    return "inside" if share == 0 else f"{share:+.0%}"
+
+
+def _remarks(facts: dict[str, Any], routing: str) -> list[str]:
     lines = [
         f"medians of {facts['rounds']} rounds of {facts['max_new']} {facts['unit']} after "
         f"{facts['prompt_tokens']}, each in a fresh process, "
         f"{facts['threads']} threads computing; first token: nothing paged in yet; "
         "beyond: memory beside experts and resident part",
-        "forecast: made beforehand, from even to skewed routing, by the formula of `plan`",
+        f"forecast: made beforehand, {routing}, by the formula of `plan`; off, and in brackets: "
+        "how far outside it what was measured lies",
     ]
     if facts["cold"] is None:
         lines.append("the package lay in the page cache as far as it fits: see --cold")

@@ -15,15 +15,15 @@ from evermind_runtime.forecast import (
     recommended_budget,
 )
 from evermind_runtime.machine import Machine
-from evermind_runtime.profile import read_profile
-from evermind_runtime.trace import Trace, read_trace
 
 from evermind_pack.planning import (
     Prediction,
+    Routing,
     Subject,
     method,
     open_subject,
     predict,
+    read_routing,
     slot_bytes_of,
     standard_budgets,
 )
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     parser.add_argument(
         "--policy",
-        choices=("decayed", "lru"),
+        choices=("decayed", "lru", "pinned"),
         default="decayed",
         help="which experts are given up (default: decayed)",
     )
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("--digest has no meaning for a config.json: it is no package")
         if not subject.sizes.layers:
             raise InputError(f"{args.model}: there are no experts to page")
-        trace, profile = _routing(args, subject)
+        routing = read_routing(subject, args.policy, args.trace, args.profile)
         budgets = _budgets(subject, args.budget)
         rate = _disk_rate(args.disk_rate)
         machine = subject.measure(threads)
@@ -137,8 +137,7 @@ def run(args: argparse.Namespace) -> int:
                 budget,
                 machine,
                 policy=args.policy,
-                trace=trace,
-                profile=profile,
+                routing=routing,
                 prompt_tokens=args.prompt_tokens,
                 memory=memory,
             )
@@ -148,19 +147,17 @@ def run(args: argparse.Namespace) -> int:
     fits = any(one.forecast.fits for one in forecasts.values())
     advice = _advice(subject, memory)
     if args.json:
-        print_json(_as_json(subject, machine, memory, forecasts, advice, trace is not None))
+        inputs = {
+            "policy": args.policy,
+            "prompt_tokens": args.prompt_tokens,
+            "context": subject.sizes.context,
+            "threads": machine.threads,
+            **routing.to_dict(),
+        }
+        print_json(_as_json(subject, machine, memory, forecasts, advice, inputs))
     else:
-        _print(subject, machine, memory, forecasts, advice, args)
+        _print(subject, machine, forecasts, advice, routing, args)
     return 0 if fits else 1
-
-
-def _routing(args: argparse.Namespace, subject: Subject) -> tuple[Trace | None, Any]:
-    layers = subject.sizes.layers
-    if args.trace and args.profile:
-        raise InputError("give either --trace or --profile: each says what the hit rate is")
-    trace = read_trace(args.trace).of(layers, str(args.trace)) if args.trace else None
-    profile = read_profile(args.profile, layers) if args.profile else subject.profile
-    return trace, profile
 
 
 def _budgets(subject: Subject, texts: list[str] | None) -> dict[str, int | None]:
@@ -218,7 +215,7 @@ def _as_json(
     memory: int | None,
     forecasts: dict[str, Prediction],
     advice: tuple[int | None, str],
-    traced: bool,
+    inputs: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "model": subject.name,
@@ -230,7 +227,7 @@ def _as_json(
         "notes": list(subject.notes),
         "machine": machine.to_dict(),
         "memory": memory,
-        "routing": "trace" if traced else "model",
+        **inputs,
         "forecasts": [{"name": name, **one.to_dict()} for name, one in forecasts.items()],
         "recommended": {"budget": advice[0], "why": advice[1]},
         **method(),
@@ -240,9 +237,9 @@ def _as_json(
 def _print(
     subject: Subject,
     machine: Machine,
-    memory: int | None,
     forecasts: dict[str, Prediction],
     advice: tuple[int | None, str],
+    routing: Routing,
     args: argparse.Namespace,
 ) -> None:
     print_table(model_rows(subject) | machine_rows(machine))
@@ -276,7 +273,7 @@ def _print(
     for note in subject.notes:
         remark(f"note: {note}", quiet=args.quiet)
     remark(
-        f"ranges go from even to skewed routing; first token: of {args.prompt_tokens} tokens, "
+        f"{routing.text}, policy {args.policy}; first token: of {args.prompt_tokens} tokens, "
         "nothing paged in yet; --json has the formula and its inputs",
         quiet=args.quiet,
     )

@@ -39,30 +39,44 @@ LOAD_CALLS: Final = 100_000
 # Beside weights and state (docs/architecture.md, "Memory").
 OVERHEAD_BYTES: Final = 100 * 2**20
 # As `evermind_runtime.model` cuts a prompt.
-_CHUNK = 512
+PREFILL_CHUNK: Final = 512
 # What a recommended budget leaves of the memory: the page cache and everybody else need some.
-_HEADROOM = 0.1
+HEADROOM: Final = 0.1
 
 FORMULA: Final[Mapping[str, str]] = {
-    "tokens_per_second": "1 / (4 * active_parameters / memory_rate + bytes_per_token / disk_rate"
+    "tokens_per_second": "1 / (max(4 * active_parameters, active_bytes) / memory_rate"
+    " + bytes_per_token / disk_rate"
     f" + (fixed_calls + (1 - hit_rate) * uses * {PAGE_IN_CALLS}) * call_seconds)",
-    "fixed_calls": f"{TOKEN_CALLS} + graph_runs * {GRAPH_RUN_CALLS}"
+    "fixed_calls": f"{TOKEN_CALLS} + (graph_runs + more_runs) * {GRAPH_RUN_CALLS}"
     f" (over pools: {TOKEN_CALLS} + layers * {POOLED_LAYER_CALLS})",
     "bytes_per_token": "(1 - hit_rate) * cycle_bytes",
     "hit_rate": "share * odds / (share * odds + 1 - share), where share = budget /"
-    f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's)",
+    f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's);"
+    " 1 with all experts resident; 0 below cycle_bytes with the policy lru; with a trace what its"
+    " replay under the policy gives; with a profile, unless the policy is lru, at least the share"
+    " of uses of the hottest experts that fill the budget",
     "bound": "1 / max(bytes_per_token / disk_rate, active_bytes / memory_rate)",
     "load_seconds": "(resident_bytes + pooled_from) * (1 / disk_rate + 1 / sha256_rate)"
     f" + {LOAD_CALLS} * call_seconds",
     "ttft_seconds": f"(2 * graph_runs + 1) * {SESSION_CALLS} * call_seconds"
     " + prompt_expert_bytes * (1 / disk_rate + 1 / sha256_rate)"
-    " + max(2 * prompt_tokens * active_parameters / matmul_rate,"
+    " + max(2 * (prompt_tokens - 1) * active_parameters / matmul_rate,"
     f" 4 * prompt_parameters / memory_rate) + prompt_graph_runs * {GRAPH_RUN_CALLS} * call_seconds"
-    " + one token's time",
+    " + last_token_seconds",
+    "last_token_seconds": "1 / tokens_per_second; of a prompt of one token, where no pools were"
+    " filled, that with hit_rate = 0",
+    "prompt_expert_bytes": "first * (1 + (chunks - 1) * (1 - share)), where first = the sum over"
+    " layers of chosen * bytes, chosen = experts * (1 - (1 - top_k / experts) ** (choices /"
+    f" chunks)), choices = prompt_tokens (even routing) to prompt_tokens ** {REPETITION} (skewed),"
+    f" chunks = ceil((prompt_tokens - 1) / {PREFILL_CHUNK}); 0 over pools",
+    "prompt_parameters": "chunks * (total_parameters - expert_parameters + all that are chosen *"
+    " expert_parameters / all experts)",
+    "prompt_graph_runs": "chunks * (all that are chosen + 2 * graph_runs)",
     "rss": "resident_bytes + min(budget, all_expert_bytes) + 2 * state_bytes"
     f" + {OVERHEAD_BYTES // 2**20} MiB",
     "state_bytes": "fixed + per_token * context + the sum over windows of row * min(context, rows)",
     "longest_context": "the most tokens with rss <= memory",
+    "recommended_budget": f"the most whole experts with rss <= (1 - {HEADROOM}) * memory",
 }
 """How each figure comes about, for people; the names are those of the inputs."""
 
@@ -83,7 +97,9 @@ class Range:
 class Forecast:
     """What to expect of one budget. Bytes, seconds, tokens per second.
 
-    `longest_context` is how many tokens `memory` holds, `None` if it or nothing bounds them.
+    `prompt_expert_bytes`, `prompt_parameters` and `prompt_graph_runs` are what the prompt but for
+    its last token reads, multiplies and runs. `longest_context` is how many tokens `memory` holds,
+    `None` if it or nothing bounds them.
     """
 
     budget: int
@@ -94,6 +110,9 @@ class Forecast:
     bound: Range
     load_seconds: float
     ttft_seconds: Range
+    prompt_expert_bytes: Range
+    prompt_parameters: Range
+    prompt_graph_runs: Range
     rss: int
     memory: int | None
     longest_context: int | None
@@ -130,20 +149,23 @@ def expected_hit_rate(
 ) -> Range:
     """The share of expert uses found resident, once the cache is warm.
 
-    A `trace` of this model is replayed under the policy; a `profile` gives what its hottest
-    experts would serve, as the lower end. `lru` hits nothing below one token's cycle.
+    A `trace` of this model is replayed under the policy, `pinned` with the `profile`. Otherwise a
+    profile gives what its hottest experts would serve, as the lower end: not for `lru`, which
+    knows no heat, and hits nothing below one token's cycle.
     """
     total = sizes.all_expert_bytes
     if budget >= total:
         return Range(1.0, 1.0)
-    if budget < sizes.least_budget or (policy == "lru" and budget < sizes.cycle_bytes):
+    if budget < sizes.least_budget:
         return Range(0.0, 0.0)
     if trace is not None:
         rate = replay(trace, policy, budget, profile=profile).hit_rate
         return Range(rate, rate)
+    if policy == "lru" and budget < sizes.cycle_bytes:
+        return Range(0.0, 0.0)
     share = budget / total
     even, skewed = even_hit_rate(share), skewed_hit_rate(share)
-    if profile is not None:
+    if profile is not None and policy != "lru":
         even = _hottest(sizes, budget, profile)
     return Range(even, max(even, skewed))
 
@@ -189,6 +211,10 @@ def forecast(
     if memory is None and machine.available is not None:
         memory = machine.available.bytes
     rss = process_bytes(sizes, held)
+    even, skewed = (
+        _prompt_work(sizes, held, prompt_tokens, choices)
+        for choices in (float(prompt_tokens), prompt_tokens**REPETITION)
+    )
     return Forecast(
         budget=held,
         share=held / total if total else 1.0,
@@ -205,9 +231,12 @@ def forecast(
         ),
         load_seconds=_load(sizes, machine),
         ttft_seconds=Range(
-            _ttft(sizes, machine, held, hit_rate.even, prompt_tokens, float(prompt_tokens)),
-            _ttft(sizes, machine, held, hit_rate.skewed, prompt_tokens, prompt_tokens**REPETITION),
+            _ttft(sizes, machine, even, hit_rate.even, prompt_tokens),
+            _ttft(sizes, machine, skewed, hit_rate.skewed, prompt_tokens),
         ),
+        prompt_expert_bytes=Range(even.expert_bytes, skewed.expert_bytes),
+        prompt_parameters=Range(even.parameters, skewed.parameters),
+        prompt_graph_runs=Range(even.graph_runs, skewed.graph_runs),
         rss=rss,
         memory=memory,
         longest_context=None if memory is None else longest_context(sizes, held, memory),
@@ -235,7 +264,7 @@ def fixed_calls(sizes: ModelSizes) -> int:
     """What a token costs whatever its arithmetic and its misses, in small numpy calls."""
     if sizes.pooled_from:
         return TOKEN_CALLS + len(sizes.layers) * POOLED_LAYER_CALLS
-    return TOKEN_CALLS + sizes.graph_runs * GRAPH_RUN_CALLS
+    return TOKEN_CALLS + (sizes.graph_runs + sizes.more_runs) * GRAPH_RUN_CALLS
 
 
 def bound(io_seconds: float, active_bytes: float, memory_rate: float) -> float:
@@ -266,7 +295,7 @@ def recommended_budget(sizes: ModelSizes, memory: int) -> int | None:
 
     `None` where not even one step's experts fit.
     """
-    room = int(memory * (1 - _HEADROOM)) - process_bytes(sizes, 0)
+    room = int(memory * (1 - HEADROOM)) - process_bytes(sizes, 0)
     slot = max((layer.bytes for layer in sizes.layers), default=1)
     budget = min(sizes.all_expert_bytes, room)
     budget -= budget % slot
@@ -289,47 +318,52 @@ def _load(sizes: ModelSizes, machine: Machine) -> float:
     return verified + LOAD_CALLS * machine.call_seconds
 
 
-def _ttft(
-    sizes: ModelSizes,
-    machine: Machine,
-    budget: int,
-    hit_rate: float,
-    tokens: int,
-    choices: float,
-) -> float:
-    """Seconds from a loaded model with nothing paged in to its first token.
+@dataclass(frozen=True, slots=True)
+class _PromptWork:
+    """What a prompt but for its last token takes: bytes of experts read, parameters that are
+    multiplied, graphs that run."""
 
-    The prompt but for its last token runs expert by expert in chunks; `choices` is how many
-    independent tokens would use as many experts.
-    """
-    read = runs = parameters = 0.0
+    expert_bytes: float
+    parameters: float
+    graph_runs: float
+
+
+def _prompt_work(sizes: ModelSizes, budget: int, tokens: int, choices: float) -> _PromptWork:
+    """It runs expert by expert in chunks; `choices` is how many independent tokens would use as
+    many experts."""
+    chunks = math.ceil((tokens - 1) / PREFILL_CHUNK)
+    if chunks <= 0:
+        return _PromptWork(0.0, 0.0, 0.0)
+    first = used = 0.0
+    for layer in sizes.layers:
+        chosen = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** (choices / chunks))
+        used += chosen
+        first += chosen * layer.bytes
     total = sizes.all_expert_bytes
-    chunks = math.ceil((tokens - 1) / _CHUNK)
-    if chunks:
-        choices = choices / chunks
-        first = used = 0.0
-        for layer in sizes.layers:
-            chosen = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** choices)
-            used += chosen
-            first += chosen * layer.bytes
-        # What the budget holds of a chunk is there for the next.
-        read = first * (1 + (chunks - 1) * (1 - budget / total if total else 0.0))
-        runs = chunks * (used + 2 * sizes.graph_runs)
-        per_expert = sizes.expert_parameters / max(1, sum(one.experts for one in sizes.layers))
-        trunk = sizes.total_parameters - sizes.expert_parameters
-        parameters = chunks * (used * per_expert + trunk)
+    # What the budget holds of a chunk is there for the next; pools were filled by opening.
+    read = first * (1 + (chunks - 1) * (1 - budget / total if total else 0.0))
+    per_expert = sizes.expert_parameters / max(1, sum(one.experts for one in sizes.layers))
+    trunk = sizes.total_parameters - sizes.expert_parameters
+    return _PromptWork(
+        0.0 if sizes.pooled_from else read,
+        chunks * (used * per_expert + trunk),
+        chunks * (used + 2 * sizes.graph_runs),
+    )
+
+
+def _ttft(
+    sizes: ModelSizes, machine: Machine, prompt: _PromptWork, hit_rate: float, tokens: int
+) -> float:
+    """Seconds from a loaded model with nothing paged in to its first token."""
     compute = max(
         2 * max(0, tokens - 1) * sizes.active_parameters / machine.matmul_rate,
-        4 * parameters / machine.memory_rate,
+        4 * prompt.parameters / machine.memory_rate,
     )
-    # Pools were filled when the package was opened.
-    if sizes.pooled_from:
-        read = 0.0
-    paging = read * (1 / machine.disk_rate + 1 / machine.sha256_rate)
+    paging = prompt.expert_bytes * (1 / machine.disk_rate + 1 / machine.sha256_rate)
     # The last token finds what the prompt left; alone it reads its whole cycle.
-    last = token_seconds(sizes, machine, hit_rate if chunks or sizes.pooled_from else 0.0)
-    sessions = (2 * sizes.graph_runs + 1) * SESSION_CALLS * machine.call_seconds
-    return sessions + paging + compute + runs * GRAPH_RUN_CALLS * machine.call_seconds + last
+    last = token_seconds(sizes, machine, hit_rate if tokens > 1 or sizes.pooled_from else 0.0)
+    calls = (2 * sizes.graph_runs + 1) * SESSION_CALLS + prompt.graph_runs * GRAPH_RUN_CALLS
+    return paging + compute + calls * machine.call_seconds + last
 
 
 def _hottest(sizes: ModelSizes, budget: int, profile: Profile) -> float:

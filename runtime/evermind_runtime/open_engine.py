@@ -27,6 +27,11 @@ ONE_BY_ONE_BYTES = 4 << 20
 SIDE_BY_SIDE_BYTES = 3 << 20
 
 
+def decodes_one_by_one(slot: int, *, bf16: bool) -> bool:
+    """Whether experts that take `slot` bytes each, some in bfloat16, decode so on a CPU."""
+    return slot >= (SIDE_BY_SIDE_BYTES if bf16 else ONE_BY_ONE_BYTES)
+
+
 def open_engine(
     package: Package,
     device: Device,
@@ -46,7 +51,7 @@ def open_engine(
     choice = choose_plan(plan, manifest, budget, device.name, free, remote)
     resident = Resident(package)
     bf16 = any(has_bf16(manifest.kinds[layer.kind]) for layer in manifest.layers)
-    least = SIDE_BY_SIDE_BYTES if bf16 else ONE_BY_ONE_BYTES
+    one_by_one = device.name == "cpu" and decodes_one_by_one(slot_bytes(manifest), bf16=bf16)
 
     def engine(room: int, pools: Pools | None = None, pager: Pager | None = None) -> Engine:
         sessions = Sessions(package, resident, device)
@@ -56,7 +61,7 @@ def open_engine(
             resident,
             pager or make_pager(room),
             pools,
-            one_by_one=device.name == "cpu" and slot_bytes(manifest) >= least,
+            one_by_one=one_by_one,
         )
 
     if choice.name != "resident":

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from evermind_manifests.dtypes import tensor_bytes
-from evermind_manifests.manifest import Manifest, StateSpec
+from evermind_manifests.manifest import ExpertsStep, Manifest, StateSpec
 from msgspec import structs
 
-from .layers import ExpertLayer, all_bytes, cycle_bytes, expert_layers, step_bytes
+from .layers import ExpertLayer, all_bytes, cycle_bytes, expert_layers, slot_bytes, step_bytes
 from .rows import window_rows
 
 DEFAULT_CONTEXT: Final = 4096
@@ -62,8 +62,9 @@ class ModelSizes:
     `active_resident_bytes` are those of the resident weights that one token reads;
     `active_parameters` count its experts too. `state` is one sequence's, of `context` tokens.
     `expert_parameters` are the routed experts' all together. `graph_runs` is how many graphs
-    one decoded token runs. `pooled_from` is what the experts take as they are stored where
-    opening puts them all into float32 pools, else 0.
+    the decode program runs. `pooled_from` is what the experts take as they are stored where
+    opening puts them all into float32 pools, else 0. `more_runs` is how many graphs more a
+    token runs where each of its experts decodes in a run of its own.
     """
 
     layers: tuple[ExpertLayer, ...]
@@ -76,6 +77,7 @@ class ModelSizes:
     graph_runs: int
     context: int = DEFAULT_CONTEXT
     pooled_from: int = 0
+    more_runs: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -151,7 +153,22 @@ def manifest_sizes(manifest: Manifest, *, context: int = DEFAULT_CONTEXT) -> Mod
         expert_parameters=experts,
         graph_runs=len(manifest.plan.decode),
         context=context if state.longest is None else min(context, state.longest),
+        more_runs=_more_runs(manifest),
     )
+
+
+def _more_runs(manifest: Manifest) -> int:
+    from .open_engine import decodes_one_by_one
+    from .program import has_bf16
+
+    bf16 = any(has_bf16(manifest.kinds[layer.kind]) for layer in manifest.layers)
+    if not manifest.layers or not decodes_one_by_one(slot_bytes(manifest), bf16=bf16):
+        return 0
+    top_k = {layer.layer: layer.top_k for layer in manifest.layers}
+    runs = [
+        top_k[step.layer] if isinstance(step, ExpertsStep) else 1 for step in manifest.plan.prefill
+    ]
+    return sum(runs) - len(manifest.plan.decode)
 
 
 def state_sizes(states: Iterable[StateSpec]) -> StateSizes:
@@ -184,6 +201,7 @@ def pooled_sizes(manifest: Manifest, sizes: ModelSizes) -> ModelSizes:
         layers=tuple(structs.replace(one, bytes=4 * each[layer.kind]) for one, layer in layers),
         graph_runs=len(pooled.decode),
         pooled_from=sizes.all_expert_bytes,
+        more_runs=0,
     )
 
 

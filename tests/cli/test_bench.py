@@ -256,6 +256,8 @@ def test_what_a_bench_was_told_and_warned_of_is_shown(package: Path, capsys: Any
     code, out, _ = call(capsys, "bench", package, *arguments, "--json")
     result = json.loads(out)
     assert (code, result["guess"], result["threads"]) == (0, "off", 2)
+    told = ("routing", "trace", "profile", "context")
+    assert [result[name] for name in told] == ["model", None, None, 4]
     (one,) = result["results"]
     assert one["forecast"]["verdict"] == "fits, but thrashes"
     even, skewed = (one["forecast"]["hit_rate"][end] for end in ("even", "skewed"))
@@ -331,6 +333,9 @@ def test_figures_follow_from_the_rounds() -> None:
     # which is as much as 3 MB of weights take at 20 GB/s. All from the disk: 0.5 ms.
     assert one.bound == pytest.approx(1 / 0.15e-3)
     assert one.share_of_bound == pytest.approx(sorted([10 * 15e-5, 5 * 15e-5, 2.5 * 5e-4])[1])
+    assert one.off_first == pytest.approx(2 / predicted.ttft_seconds.even - 1)
+    assert one.off_rss == pytest.approx(60 * 10**6 / predicted.rss - 1)
+    assert (one.forecast_disk_how, one.forecast_disk_rate) == ("warm", MACHINE.cached_rate)
     even = predicted.tokens_per_second.even
     assert one.off == pytest.approx(5 / even - 1)
     unknown = [structs.replace(item, disk_bytes=None) for item in rounds]
@@ -418,6 +423,7 @@ def test_an_interrupted_bench_leaves_nothing_running(package: Path, how: signal.
         (["PKG", "--trace", "t.png", "--plot", "t.png"], "it is what is read"),
         (["PKG", "--tokens", "1,x"], "expected ids like 1,2,3"),
         (["PKG", "--io", "direct", "--rounds", "1"], "direct reads of"),
+        (["PKG", "--policy", "pinned"], "needs a routing profile"),
         (["PKG", "--profile", "p"], "without --policy pinned"),
         (["PKG", "--plot", "missing/p.png"], "its folder is not there"),
         (["PKG", "--tokens", "1,4000", "--budgets", "100%"], "expected token ids from 0 to 95"),

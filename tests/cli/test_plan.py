@@ -75,6 +75,12 @@ def test_the_budgets_worth_comparing(package: Path, capsys: Any) -> None:
     ]
     assert result["recommended"]["budget"] == result["sizes"]["all_expert_bytes"]
     assert set(result["formula"]) >= {"tokens_per_second", "hit_rate", "rss", "bound"}
+    told = ("policy", "prompt_tokens", "context", "routing", "trace", "profile")
+    assert [result[name] for name in told] == ["decayed", 16, 4096, "model", None, None]
+    assert result["threads"] == result["machine"]["threads"]
+    assert result["constants"]["headroom"] == 0.1
+    for name in ("prompt_expert_bytes", "prompt_parameters", "prompt_graph_runs"):
+        assert result["forecasts"][0][name]["even"] > 0
     assert {"disk_rate", "memory_rate", "sha256_rate", "disk_note"} <= set(result["machine"])
 
 
@@ -122,7 +128,10 @@ def test_a_trace_decides_the_hit_rate(package: Path, tmp_path: Path, capsys: Any
     result = plan(capsys, package, "--trace", trace, "--budget", "50%")
     rate = result["forecasts"][0]["hit_rate"]
     assert rate["even"] == rate["skewed"]
-    assert result["routing"] == "trace"
+    assert (result["routing"], result["trace"]) == ("trace", str(trace))
+    _, _, err = call(capsys, "plan", package, "--trace", trace)
+    assert f"hit rates by replaying {trace}, policy decayed" in err
+    assert "even to skewed" not in err
     code, _, err = call(capsys, "plan", package, "--trace", OLMOE_TRACE)
     assert code == 2
     assert "2 different experts" in err
@@ -181,6 +190,8 @@ def test_a_budget_too_small_has_neither_plan_nor_speed(package: Path, capsys: An
         (["PKG", "--trace", "t", "--profile", "p"], "either --trace or --profile"),
         (["PKG", "--threads", "100000"], "threads: expected 1 to "),
         (["PKG", "--threads", "0"], "threads: expected 1 to "),
+        (["PKG", "--policy", "lru", "--profile", "p"], "no meaning with --policy lru"),
+        (["PKG", "--policy", "pinned"], "needs a routing profile"),
         (["missing"], "there is no such folder or file"),
         (["DENSE"], "expected a Mixture of Experts"),
         (["MOOD"], "no experts to page"),

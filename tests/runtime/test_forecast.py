@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evermind_manifests.manifest import StateSpec
+from evermind_manifests.manifest import GraphStep, StateSpec
 from evermind_manifests.package import open_package
 from evermind_runtime.forecast import (
     FORMULA,
+    GRAPH_RUN_CALLS,
     OVERHEAD_BYTES,
     SKEW,
     Range,
     expected_hit_rate,
+    fixed_calls,
     forecast,
     process_bytes,
     recommended_budget,
@@ -177,7 +179,7 @@ def test_figures_are_those_of_the_formula() -> None:
     """By hand, from the formula's text."""
     layers = tuple(ExpertLayer(layer=at, experts=4, top_k=1, bytes=10**6) for at in range(2))
     sizes = ModelSizes(layers, 3 * 10**6, 2 * 10**6, StateSizes(), 5 * 10**6, 10**6, 4 * 10**6, 3)
-    one = forecast(sizes, 4 * 10**6, MACHINE, Range(0.5, 0.75))
+    one = forecast(sizes, 4 * 10**6, MACHINE, Range(0.5, 0.75), prompt_tokens=1000)
     inputs: dict[str, float] = {
         "active_parameters": 10**6,
         "memory_rate": 2e10,
@@ -191,14 +193,34 @@ def test_figures_are_those_of_the_formula() -> None:
         "pooled_from": 0,
         "sha256_rate": 1.5e9,
         "hit_rate": 0.75,
+        "more_runs": 0,
+        "matmul_rate": 1e11,
+        "prompt_tokens": 1000,
+        "prompt_expert_bytes": one.prompt_expert_bytes.skewed,
+        "prompt_parameters": one.prompt_parameters.skewed,
+        "prompt_graph_runs": one.prompt_graph_runs.skewed,
     }
-    inputs["fixed_calls"] = eval(FORMULA["fixed_calls"].partition(" (")[0], {}, inputs)
+    inputs["fixed_calls"] = eval(FORMULA["fixed_calls"].partition(" (over")[0], {}, inputs)
     for name in ("bytes_per_token", "tokens_per_second", "bound", "load_seconds"):
         inputs[name] = eval(FORMULA[name], {"max": max}, inputs)
     assert one.bytes_per_token.skewed == inputs["bytes_per_token"] == 500_000
     assert one.tokens_per_second.skewed == pytest.approx(inputs["tokens_per_second"])
     assert one.bound.skewed == pytest.approx(inputs["bound"])
     assert one.load_seconds == pytest.approx(inputs["load_seconds"])
+    inputs["last_token_seconds"] = 1 / inputs["tokens_per_second"]
+    assert one.ttft_seconds.skewed == pytest.approx(
+        eval(FORMULA["ttft_seconds"], {"max": max}, inputs)
+    )
+    # Two chunks; each uses nearly all of the 8 experts, half of which the budget keeps.
+    used = 2 * 4 * (1 - (1 - 1 / 4) ** (1000**0.7 / 2))
+    assert one.prompt_expert_bytes.skewed == pytest.approx(used * 10**6 * 1.5)
+    assert one.prompt_parameters.skewed == pytest.approx(2 * (used * 4 * 10**6 / 8 + 10**6))
+    assert one.prompt_graph_runs.skewed == pytest.approx(2 * (used + 2 * 3))
+    # What a token reads may be more than 4 bytes for each parameter it multiplies.
+    wide = forecast(replace(sizes, active_parameters=1), 8 * 10**6, MACHINE, Range(1, 1))
+    inputs |= {"active_parameters": 1, "hit_rate": 1, "bytes_per_token": 0}
+    speed = eval(FORMULA["tokens_per_second"], {"max": max}, inputs)
+    assert wide.tokens_per_second.even == pytest.approx(speed)
     share = {"share": 0.25, "odds": SKEW}
     text = FORMULA["hit_rate"].partition(", where")[0]
     assert skewed_hit_rate(0.25) == pytest.approx(eval(text, {}, share))
@@ -225,6 +247,13 @@ def test_a_trace_or_a_profile_says_more_than_the_range() -> None:
     assert expected_hit_rate(sizes, budget, trace=trace) == Range(expected, expected)
     heat = expected_hit_rate(sizes, budget, profile=profile_of(trace))
     assert 0.25 < heat.even <= heat.skewed
+    heat_knows = replay(trace, "pinned", budget, profile=profile_of(trace)).hit_rate
+    pinned = expected_hit_rate(
+        sizes, budget, policy="pinned", trace=trace, profile=profile_of(trace)
+    )
+    assert pinned == Range(heat_knows, heat_knows) != Range(expected, expected)
+    unheeded = expected_hit_rate(sizes, budget, policy="lru", profile=profile_of(trace))
+    assert unheeded == expected_hit_rate(sizes, budget, policy="lru")
     assert expected_hit_rate(sizes, 127, policy="lru") == Range(0, 0)
     assert expected_hit_rate(sizes, 1024, policy="lru") == Range(1, 1)
 
@@ -262,6 +291,21 @@ def test_sizes_are_those_of_the_package(
     assert 4 * trunk <= resident <= 4 * trunk + 4096
     assert sizes.active_resident_bytes <= resident
     assert sizes.graph_runs == len(manifest.plan.decode)
+
+
+def test_experts_that_decode_one_by_one_are_runs_of_their_own(
+    golden_package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_package(golden_package("lm_small")) as package:
+        manifest = package.manifest
+    fused = manifest_sizes(manifest)
+    monkeypatch.setattr("evermind_runtime.open_engine.ONE_BY_ONE_BYTES", 1)
+    alone = manifest_sizes(manifest)
+    graphs = sum(isinstance(step, GraphStep) for step in manifest.plan.prefill)
+    assert (fused.more_runs, fused.graph_runs) == (0, len(manifest.plan.decode))
+    assert alone.graph_runs + alone.more_runs == graphs + alone.uses
+    assert fixed_calls(alone) - fixed_calls(fused) == alone.more_runs * GRAPH_RUN_CALLS > 0
+    assert pooled_sizes(manifest, alone).more_runs == 0
 
 
 def test_pools_are_filled_when_the_package_is_opened(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -239,6 +239,9 @@ class _Model:
             expert_parameters=experts,
             graph_runs=_graph_runs(len(found.modules)),
             context=self._context,
+            more_runs=_more_runs(
+                found.top_k, slot, bf16=any("bf16" in one[2].values() for one in kinds)
+            ),
         )
 
     def _result(
@@ -340,9 +343,21 @@ def _counted_sizes(counts: Counts, stored: _Kept, context: int, longest: int) ->
         expert_parameters=counts.experts,
         graph_runs=_graph_runs(len(layers)),
         context=context,
+        more_runs=_more_runs(
+            [layer.top_k for layer in layers],
+            max((layer.bytes for layer in layers), default=0),
+            bf16=stored.experts == "bf16",
+        ),
     )
 
 
 def _graph_runs(layers: int) -> int:
     """For one token: the experts of each, and a segment before, between and after them."""
     return 2 * layers + 1
+
+
+def _more_runs(top_k: Sequence[int], slot: int, *, bf16: bool) -> int:
+    """Beyond those, where each of a token's experts decodes in a run of its own."""
+    from evermind_runtime.open_engine import decodes_one_by_one
+
+    return sum(top_k) - len(top_k) if decodes_one_by_one(slot, bf16=bf16) else 0
