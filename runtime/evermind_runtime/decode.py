@@ -192,10 +192,7 @@ class BoundDecode:
         if len(self._routes[0]):
             self._engine.served_one(*self._routes)
         self._engine.finite.check(self._checked[state.side])
-        if moves:
-            state.append(self._rows)
-            state.fill(1)
-        state.flip()
+        state.take_over(self._rows, 1)
 
     def _bind_buffers(self) -> None:
         """Bind the state's buffers where they are now."""

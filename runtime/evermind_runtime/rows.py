@@ -83,20 +83,20 @@ class Rows:
         held = self._on_host()
         return held.array[self._span(0, held.count)]
 
-    def append(self, rows: Array) -> None:
-        """Add `rows`, as many as their shape says."""
-        more = rows.shape[self._axis]
-        self.reserve(more)
+    def write(self, rows: Array) -> int:
+        """Put `rows` behind those there are; how many there will be once they are filled."""
+        self.reserve(rows.shape[self._axis])
         held = self._on_host()
         held.place = None
-        held.array[self._span(held.count, held.count + more)] = rows
-        held.count += more
+        count: int = held.count + rows.shape[self._axis]
+        held.array[self._span(held.count, count)] = rows
+        return count
 
-    def fill(self, rows: int) -> None:
-        """That many more are there, written by a graph."""
+    def fill(self, count: int) -> None:
+        """There are so many now: what `write` or a graph put behind the others counts."""
         if self._held.place is not None:
             self._held.place.ahead = True
-        self._held.count += rows
+        self._held.count = count
 
     def clear(self) -> None:
         """None are there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +29,8 @@ class State:
     """The named arrays of one sequence. Use one State in one call at a time.
 
     Every value of fixed shape has two sides: a step reads the current arrays and writes the
-    others, then `flip` makes those current. Their addresses never change, so bindings to
-    them last. A growing value has one array, which `append` writes behind what is there;
+    others, then `take_over` makes those current. Their addresses never change, so bindings to
+    them last. A growing value has one array, in which new rows are written behind what is there;
     it moves when it is full. A buffer has one array too, read and written by a graph in place,
     behind the filled rows; what a failed step wrote there counts for nothing. `reserve` moves it,
     and forgets what has left a window.
@@ -63,10 +63,6 @@ class State:
     def readable(self) -> dict[str, Array]:
         """The same without buffers, which graphs have where they are."""
         return self.sides[self.side] | {name: one.view() for name, one in self.grown.items()}
-
-    def flip(self) -> None:
-        """Make what was written last current."""
-        self.side = 1 - self.side
 
     def save(self) -> dict[str, Array]:
         """Copies of the arrays, to be kept or stored."""
@@ -104,24 +100,34 @@ class State:
         written = {name: spec for name, spec in self._specs.items() if not spec.is_buffer}
         self._check(arrays, written)
         self.check_room(max((len(arrays[name]) for name in self.grown), default=tokens))
-        self._take_written(arrays)
-        self.fill(tokens)
+        for name, array in self.sides[1 - self.side].items():
+            array[...] = arrays[name]
+        self.take_over(arrays, tokens)
 
-    def append(self, rows: Mapping[str, Array]) -> None:
-        """Add rows, which fit, to every growing value."""
+    def take_over(self, rows: Mapping[str, Array], tokens: int) -> None:
+        """Make the side that was written current, with the new `rows`, which fit, of what grows
+        and so many more of every buffer; Ctrl-C finds all of it done or nothing.
+        """
+        counts = [(one, one.count + tokens) for one in self.buffers.values()]
         for name, grown in self.grown.items():
-            grown.append(rows[name])
+            counts.append((grown, grown.write(rows[name])))
+        side = 1 - self.side
+        try:
+            self._commit(counts, side)
+        except BaseException:
+            self._commit(counts, side)
+            raise
+
+    def _commit(self, counts: Sequence[tuple[Rows, int]], side: int) -> None:
+        for rows, count in counts:
+            rows.fill(count)
+        self._tell()
+        self.side = side
 
     def reserve(self, rows: int) -> None:
         """Have room for that many more rows in every buffer."""
         for buffer in self.buffers.values():
             buffer.reserve(rows)
-        self._tell()
-
-    def fill(self, rows: int) -> None:
-        """That many more rows of every buffer are filled."""
-        for buffer in self.buffers.values():
-            buffer.fill(rows)
         self._tell()
 
     def check_room(self, rows: int) -> None:
@@ -216,15 +222,11 @@ class State:
                         f"tokens, found {rows:,}"
                     )
 
-    def _take_written(self, arrays: Mapping[str, Array]) -> None:
+    def _take(self, arrays: Mapping[str, Array]) -> None:
         for name, array in self.sides[self.side].items():
             array[...] = arrays[name]
-        self.append(arrays)
-
-    def _take(self, arrays: Mapping[str, Array]) -> None:
-        self._take_written(arrays)
-        for name, buffer in self.buffers.items():
-            buffer.append(arrays[name])
+        for name, rows in (*self.grown.items(), *self.buffers.items()):
+            rows.fill(rows.write(arrays[name]))
         self._tell()
 
     def _tell(self) -> None:

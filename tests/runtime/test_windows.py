@@ -6,6 +6,7 @@ The graph adds up, for every row, the last rows of its window, from those that t
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def test_a_move_that_is_broken_off_goes_on(
     kept, most = window - 1, window - 1 + spare_rows(window)
     rows = Rows(StateSpec(dtype="f32", shape=("C", 1), length="rows", window=window))
     numbers = np.arange(most + 1, dtype=np.float32)[:, None]
-    rows.append(numbers)
+    rows.fill(rows.write(numbers))
     mark = rows.mark() if marked else None
     original, calls = Rows._span, 0
 
@@ -260,14 +261,43 @@ def test_a_move_that_is_broken_off_goes_on(
 def test_what_a_mark_refers_to_is_left_alone_until_it_is_gone() -> None:
     rows = Rows(StateSpec(dtype="f32", shape=("C", 1), length="rows", window=2))
     numbers = np.arange(1000, dtype=np.float32)[:, None]
-    rows.append(numbers[:10])
+    rows.fill(rows.write(numbers[:10]))
     mark = rows.mark()
     for _ in range(2):
         for number in range(10, 1000):
-            rows.append(numbers[number : number + 1])
+            rows.fill(rows.write(numbers[number : number + 1]))
             assert rows.view()[-1] == number
         rows.rewind(mark)
         np.testing.assert_array_equal(rows.view(), numbers[:10])
+
+
+@pytest.mark.parametrize("at", ["fill", "_tell"])
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+def test_a_token_is_taken_over_whole_or_not_at_all(
+    package: Path, monkeypatch: pytest.MonkeyPatch, steps: Any, at: str
+) -> None:
+    """Ctrl-C after a buffer's rows count, or before: the counter of tokens agrees with them."""
+    owner, interrupts = (Rows if at == "fill" else State), [KeyboardInterrupt()]
+    original = getattr(owner, at)
+
+    def broken(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        if interrupts and sys._getframe(1).f_code.co_name == "_commit":
+            raise interrupts.pop()
+
+    with em.load(package) as model:
+        state = model.new_state()
+        model.forward({"x": X[:30]}, state=state)
+        monkeypatch.setattr(owner, at, broken)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward({"x": X[30:31]}, state=state, steps=steps)
+        monkeypatch.undo()
+        assert not interrupts
+        done = int(state.save()["n"][0])
+        assert done in (30, 31)
+        state.restore(state.save())
+        found = model.forward({"x": X[done : done + 20]}, state=state, steps=steps)["y"]
+    np.testing.assert_array_equal(found, want(9)[done : done + 20])
 
 
 def test_the_limit_is_said_before_anything_changes(package: Path) -> None:
