@@ -6,9 +6,10 @@ once over it, so that a page-in is one read and a binding is one call.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,6 +35,9 @@ _NUMPY: dict[DType, Any] = {
     "bool": np.bool_,
 }
 _ONNX_BFLOAT16 = 16
+
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+_PROBE_BYTES = 64
 
 
 class Slot(Protocol):
@@ -162,8 +166,12 @@ class CudaDevice:
     """Slots are device memory; page-ins go through host buffers, one for every reader."""
 
     def __init__(self, index: int = 0) -> None:
-        available = onnx_runtime.require().get_available_providers()
-        if "CUDAExecutionProvider" not in available:
+        """Raises `DeviceError` unless memory can be had on the device: that ONNX Runtime was built
+        for CUDA says nothing of a GPU, its driver and its libraries.
+        """
+        ort = onnx_runtime.require()
+        available = ort.get_available_providers()
+        if _CUDA_PROVIDER not in available:
             raise DeviceError(
                 f"device 'cuda' was asked for, but this ONNX Runtime has only "
                 f"{', '.join(available)}",
@@ -172,8 +180,19 @@ class CudaDevice:
             )
         self.name = f"cuda:{index}"
         self._index = index
-        options = {"device_id": str(index), "arena_extend_strategy": "kSameAsRequested"}
-        self.providers: list[Any] = [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+        if hasattr(ort, "preload_dlls"):
+            with _cuda_errors(index), redirect_stdout(sys.stderr):  # it prints what is missing
+                ort.preload_dlls()
+        _cuda_memory(_PROBE_BYTES, index)
+        options = {
+            "device_id": str(index),
+            "arena_extend_strategy": "kSameAsRequested",
+            # What is float32 (norms, routers, recurrences) keeps all its digits.
+            "use_tf32": "0",
+            # By default every new length of a prompt has all of cuDNN's algorithms timed.
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
+        self.providers: list[Any] = [(_CUDA_PROVIDER, options), "CPUExecutionProvider"]
         self.copies = True
         self._staging = _Staging()
 
@@ -207,10 +226,25 @@ class _Staging:
                 self._idle.append(buffer)
 
 
+@contextmanager
+def _cuda_errors(index: int) -> Iterator[None]:
+    """`DeviceError` in the place of whatever ONNX Runtime raises where it uses the device."""
+    try:
+        yield
+    except Exception as error:
+        raise DeviceError(
+            f"device 'cuda:{index}': {error}",
+            hint="Is there such a GPU, with free memory? It needs NVIDIA's driver, and the CUDA "
+            "and cuDNN libraries that ONNX Runtime was built for: "
+            "pip install 'evermind-pack[cuda]' brings them (nvidia-smi shows the driver).",
+        ) from error
+
+
 def _cuda_memory(size: int, index: int) -> ort.OrtValue:
-    return onnx_runtime.require().OrtValue.ortvalue_from_shape_and_type(
-        [size], np.uint8, "cuda", index
-    )
+    with _cuda_errors(index):
+        return onnx_runtime.require().OrtValue.ortvalue_from_shape_and_type(
+            [size], np.uint8, "cuda", index
+        )
 
 
 class _CudaSlot:
@@ -229,7 +263,8 @@ class _CudaSlot:
         """A staging buffer; what it holds is on the device when the `with` has ended."""
         with self._staging.borrow(self.bytes) as buffer:
             yield buffer.data
-            self._memory.update_inplace(buffer)
+            with _cuda_errors(self._index):
+                self._memory.update_inplace(buffer)
 
     def bind(self, binding: ort.IOBinding, names: Iterable[str], kind: Kind) -> None:
         base = self._memory.data_ptr()
@@ -255,7 +290,8 @@ class _CudaPlace:
         self._dtype: DType = dtype
         self._index = index
         self._memory = _cuda_memory(array.nbytes, index)
-        self._memory.update_inplace(array.reshape(-1).view(np.uint8))
+        with _cuda_errors(index):
+            self._memory.update_inplace(array.reshape(-1).view(np.uint8))
 
     def bind(self, binding: ort.IOBinding, given: str, taken: str) -> None:
         where = "cuda", self._index, _element(self._dtype)
@@ -265,7 +301,8 @@ class _CudaPlace:
 
     def pull(self) -> None:
         if self.ahead:
-            self._array.reshape(-1).view(np.uint8)[...] = self._memory.numpy()
+            with _cuda_errors(self._index):
+                self._array.reshape(-1).view(np.uint8)[...] = self._memory.numpy()
             self.ahead = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.errors import DeviceError, UnsupportedError
 from evermind_manifests.graph import check_graph, inspect_graph
 from evermind_manifests.interface import check_graph_interface
 from evermind_manifests.package import Package
@@ -33,7 +33,8 @@ class Sessions:
 
         Raises `DigestError` if the file is not what the manifest says, `GraphError` if the
         graph reaches for anything outside the package or does not fit the plan,
-        `UnsupportedError` if ONNX Runtime cannot run it.
+        `UnsupportedError` if ONNX Runtime cannot run it, `DeviceError` if it cannot on a device
+        that is not the CPU.
         """
         with self._lock:
             if path not in self._sessions:
@@ -63,9 +64,36 @@ class Sessions:
             options.add_external_initializers_from_files_in_memory(
                 [resident.location], [resident.buffer], [resident.buffer.nbytes]
             )
+        device = self.device
         try:
-            return ort.InferenceSession(model, options, providers=self.device.providers)
+            # ONNX Runtime would print what failed, and take the CPU instead.
+            session = ort.InferenceSession(
+                model, options, providers=device.providers, enable_fallback=False
+            )
         except Exception as error:
-            raise UnsupportedError(
-                f"{path}: ONNX Runtime {ort.__version__} cannot run this graph: {error}"
+            fault = f"{path}: ONNX Runtime {ort.__version__} cannot run this graph"
+            if device.name == "cpu":
+                raise UnsupportedError(f"{fault}: {error}") from error
+            raise DeviceError(
+                f"{fault} on device {device.name!r}: {error}", hint=_ELSEWHERE
             ) from error
+        _check_provider(session, path, device)
+        return session
+
+
+_ELSEWHERE = (
+    "Are the driver and the CUDA and cuDNN libraries there (pip install 'evermind-pack[cuda]')? "
+    "Without --device it runs on the CPU."
+)
+
+
+def _check_provider(session: ort.InferenceSession, path: str, device: Device) -> None:
+    """A provider that cannot be set up is left out with no more than a warning."""
+    wanted = device.providers[0]
+    name = wanted if isinstance(wanted, str) else wanted[0]
+    found = session.get_providers()
+    if found[:1] != [name]:
+        raise DeviceError(
+            f"{path}: expected {name} on device {device.name!r}, found {', '.join(found)}",
+            hint=_ELSEWHERE,
+        )
