@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from .dtypes import ITEMSIZE
 from .errors import GraphError
 from .graph import GraphDims, GraphInfo, GraphValue
 from .manifest import (
@@ -33,6 +34,8 @@ from .variants import each_variant
 # layers of 64 fused experts with six tensors each have a tenth of this.
 MAX_STEP_INPUTS: Final = 1 << 22
 _NAMES_SHOWN = 5
+# Values between steps lie in numpy's arrays, which have no bfloat16.
+_BETWEEN: Final = ITEMSIZE.keys() - {"bf16"}
 
 
 def external_locations(manifest: Manifest, path: str) -> dict[str, int]:
@@ -320,7 +323,16 @@ class _Program:
             ids = self._board.get(step.experts.ids)
             yield from _check_match(place, step.experts.ids, expected, ids)
         for name, value in step.outputs.items():
-            yield from self._write(place, name, value, info.outputs.get(name))
+            found = info.outputs.get(name)
+            state = self._plan.state.get(value)
+            if found and found.dtype not in _BETWEEN and not (state and state.is_buffer):
+                yield problem(
+                    "graph-interface",
+                    place,
+                    f"{name!r}: expected one of {', '.join(sorted(_BETWEEN))} outside of buffers, "
+                    f"found {found.dtype}",
+                )
+            yield from self._write(place, name, value, found)
 
     def _check_bindings(self, place: str, step: GraphStep, info: GraphInfo) -> Iterator[Problem]:
         """The names bound, and the types of the fused experts' tensors."""

@@ -19,6 +19,8 @@ from .errors import ConfigError, ManifestError, UnsupportedError
 from .unique_keys import unique_keys
 
 SCHEMA: Final = "evermind.package/1"
+#: What a variant may be off by at most: one that is off by more computes something else.
+MOST_TOLERANCE: Final = 0.1
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
 CARD_NAME = "README.md"
@@ -307,14 +309,15 @@ class Variant(Struct, frozen=True, kw_only=True):
     """The same function through other graphs, which compute in half precision.
 
     `plan` and `kinds` (kind -> graph) take the place of the manifest's own: same inputs, outputs
-    and layers, same shards and resident tensors, values between steps of any dtype. A result is
-    off by up to `tolerance` where it is held against the package's parity cases: the largest
-    error of a token, relative to the output's largest magnitude, as the median over tokens.
+    and layers, same shards and resident tensors, values between steps of f32, f16 or integers;
+    bf16 only in buffers. A result is off by up to `tolerance` where it is held against the
+    package's parity cases: the largest error of a token, relative to the output's largest
+    magnitude, as the median over tokens; parts of them may be off by twice that (docs/format.md).
     """
 
     plan: Plan
     kinds: dict[Name, PackagePath]
-    tolerance: Annotated[float, Meta(gt=0, le=1)]
+    tolerance: Annotated[float, Meta(gt=0, le=MOST_TOLERANCE)]
 
 
 class Parameters(Struct, frozen=True, kw_only=True):

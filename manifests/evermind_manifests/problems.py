@@ -115,7 +115,7 @@ CODES: Final[dict[str, Code]] = {
     "state-shape": Code(
         "structure",
         "a state that is no buffer grows along another dimension than its first, or a buffer has "
-        "not exactly one named dimension",
+        "not exactly one named dimension, or what is no buffer is bf16",
         _WRITER,
     ),
     "state-buffer": Code(

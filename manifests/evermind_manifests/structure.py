@@ -282,6 +282,8 @@ def _check_plan(manifest: Manifest) -> Iterator[Problem]:
             yield problem("state-shape", place, "only the first dimension grows")
         if state.is_counter and (state.dtype, state.shape) != ("i64", (1,)):
             yield problem("state-shape", place, "limit: this state neither grows nor counts")
+        if state.dtype == "bf16" and not state.is_buffer:
+            yield problem("state-shape", place, "dtype: bf16, but this state is no buffer")
         if state.window and not state.is_buffer:
             yield problem("state-shape", place, "window: this state is no buffer")
         if state.window and state.limit:

@@ -373,6 +373,12 @@ class Model:
 
         In a process forked from the one that loaded it nothing is given back: it is that one's.
         """
+        self.release()
+        if self._process == os.getpid():
+            self._package.close()
+
+    def release(self) -> None:
+        """`close` for a package that goes on being used by who opened it."""
         self._closed = True
         if self._process != os.getpid():
             return
@@ -381,7 +387,6 @@ class Model:
             self._templates.close()
         self._pager.close()
         self._engine.sessions.close()
-        self._package.close()
 
     def __enter__(self) -> Model:
         return self

@@ -76,7 +76,8 @@ def test_the_graphs_of_a_variant_are_files_of_the_package(raw: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "change", [{"tolerance": 0.0}, {"tolerance": 2.0}, {"kinds": None}, {"plan": None}]
+    "change",
+    [{"tolerance": 0.0}, {"tolerance": 0.11}, {"tolerance": 1.0}, {"kinds": None}, {"plan": None}],
 )
 def test_a_malformed_variant_is_refused(raw: dict[str, Any], change: dict[str, Any]) -> None:
     raw["variants"]["f16"] |= change
@@ -88,3 +89,12 @@ def test_variants_are_of_half_precision(raw: dict[str, Any]) -> None:
     raw["variants"] = {"f64": raw["variants"]["f16"]}
     with pytest.raises(ValueError, match="variants"):
         parsed(raw)
+
+
+def test_bfloat16_is_for_buffers_alone(raw: dict[str, Any]) -> None:
+    plan = raw["variants"]["f16"]["plan"] = json.loads(json.dumps(raw["plan"]))
+    (name,) = plan["state"]
+    plan["state"][name] |= {"dtype": "bf16"}
+    (found,) = [one for one in check_structure(parsed(raw)) if one.code == "state-shape"]
+    assert found.place == f"variants['f16'].plan.state[{name!r}]"
+    assert "bf16, but this state is no buffer" in found.message

@@ -31,6 +31,7 @@ from evermind_runtime import State
 from evermind_runtime.rows import FIRST_ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 D, LIMIT = 3, 300
 X = np.random.default_rng(6).normal(size=(LIMIT, D)).astype(np.float32)
@@ -256,3 +257,22 @@ def test_structure(package: Path, change: Any, message: str) -> None:
     change(raw["plan"])
     problems = check_structure(parse_manifest(json.dumps(raw).encode()))
     assert any(message in problem.message for problem in problems), problems
+
+
+@pytest.mark.parametrize("steps", ["prefill", "decode"])
+def test_bfloat16_between_steps_is_refused(tmp_path: Path, steps: Any) -> None:
+    b = GraphBuilder("half")
+    b.output(b.op("Cast", b.input("x", "f32", ["T", D]), to=16), "z", "bf16", ["T", D])
+    wide = GraphBuilder("wide")
+    wide.output(wide.op("Cast", wide.input("z", "bf16", ["T", D]), to=1), "y", "f32", ["T", D])
+    there = GraphStep(graph="graphs/half.onnx", inputs={"x": "x"}, outputs={"z": "z"})
+    back = GraphStep(graph="graphs/wide.onnx", inputs={"z": "z"}, outputs={"y": "y"})
+    manifest = _manifest()
+    plan = replace(manifest.plan, state={}, prefill=(there, back), decode=(there, back))
+    with PackageWriter(tmp_path / "p") as writer:
+        writer.add_file("graphs/half.onnx", b.build())
+        writer.add_file("graphs/wide.onnx", wide.build())
+        writer.finish(replace(manifest, plan=plan))
+    assert "graph-interface" in {one.code for one in validate(tmp_path / "p", deep=True).problems}
+    with em.load(tmp_path / "p") as model, pytest.raises(GraphError, match="'z': expected one of"):
+        model.forward({"x": X[:1]}, steps=steps)

@@ -66,3 +66,21 @@ def test_a_typical_error_leaves_few_tokens_out() -> None:
     assert typical_error(expected, found) == pytest.approx(0.01, rel=1e-4)
     found[0, 0] = np.nan
     assert typical_error(expected, found) == float("inf")
+
+
+@pytest.mark.parametrize(("rows", "wrong"), [(16, 8), (16, 5), (40, 8), (200, 8), (200, 50)])
+def test_what_goes_wrong_at_the_end_is_not_outvoted(rows: int, wrong: int) -> None:
+    expected = np.full((rows, 3), 2.0, np.float32)
+    found = expected.copy()
+    found[-wrong:] += 1
+    assert typical_error(expected, found) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("begin", [0, 25, 50, 75])
+def test_a_quarter_of_its_own_is_seen(begin: int) -> None:
+    expected = np.full((100, 3), 2.0, np.float32)
+    found = expected.copy()
+    found[begin : begin + 13] += 1
+    assert typical_error(expected, found) == pytest.approx(0.25)
+    found[begin : begin + 3] = expected[0]
+    assert typical_error(expected, found) == 0

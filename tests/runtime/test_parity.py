@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from evermind_manifests.errors import ClosedError
 from evermind_manifests.manifest import FileEntry, encode_manifest, parse_manifest
 from evermind_manifests.package import open_package
 from evermind_manifests.problems import Problem
@@ -187,3 +188,23 @@ def test_any_other_failure_is_a_problem_too(package: Path, monkeypatch: Any) -> 
     found = problems(package)
     assert {item.code for item in found} == {"parity"}
     assert "the kernel gave up" in found[0].message
+
+
+def test_the_model_is_given_back_and_the_package_is_not(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Model] = []
+    begin = Model.__init__
+
+    def kept(self: Model, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        models.append(self)
+
+    monkeypatch.setattr(Model, "__init__", kept)
+    with open_package(package) as opened:
+        for _ in range(2):
+            assert parity_problems(opened) == []
+    assert len(models) == 2
+    for model in models:
+        with pytest.raises(ClosedError):
+            model.forward({"tokens": [1]})

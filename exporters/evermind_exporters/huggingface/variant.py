@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evermind_manifests.dtypes import tensor_bytes
-from evermind_manifests.errors import ConfigError
-from evermind_manifests.manifest import DType, Half
+from evermind_manifests.errors import ConfigError, UnsupportedError
+from evermind_manifests.manifest import MOST_TOLERANCE, DType, Half
 
 from .cut import cut_graph
 from .expert_kinds import ExpertKinds, HalfExperts
@@ -69,5 +69,16 @@ def half_of(
 
 
 def tolerance(compute: Half, error: float) -> float:
-    """How far a variant may be off where transformers is by `error` in the same dtype."""
-    return max(_TIMES * error, _UNITS * _EPSILON[compute])
+    """How far a variant may be off where transformers is by `error` in the same dtype.
+
+    Raises `UnsupportedError` where that is more than a manifest may say.
+    """
+    allowed = max(_TIMES * error, _UNITS * _EPSILON[compute])
+    if not allowed <= MOST_TOLERANCE:
+        other = "--dtype bf16, whose range is float32's, or with " if compute == "f16" else ""
+        raise UnsupportedError(
+            f"compute: transformers itself is off by {error:.2g} of the largest logit in "
+            f"{compute}: expected at most {MOST_TOLERANCE / _TIMES:.2g}",
+            hint=f"Import with {other}--compute f32.",
+        )
+    return allowed
