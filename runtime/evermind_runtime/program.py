@@ -169,7 +169,7 @@ def run_program(
             read = later.union(*engine.pooled_routes(step).values())
             values = _run_graph(engine, step, board, state, read)
             if step.pools:
-                engine.served(_needed_choices(engine, step, values, wanted, state))
+                engine.served(_needed_choices(engine, step, values, wanted))
         else:
             values = {step.y: _run_experts(engine, step, board, observer)}
         for name, array in values.items():
@@ -209,13 +209,12 @@ def _needed_choices(
     step: GraphStep,
     values: Mapping[str, Array],
     wanted: Collection[str],
-    state: State,
 ) -> Choices:
     """A pooled step's routes, without those of experts that nobody needed this time."""
     prefill = engine.manifest.plan.prefill
     layers = {
         one.layer
-        for one, _ in needed_steps(prefill, wanted, state.current)
+        for one, _ in needed_steps(prefill, wanted, engine.manifest.plan.state)
         if isinstance(one, ExpertsStep)
     }
     return [

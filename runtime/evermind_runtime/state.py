@@ -151,9 +151,10 @@ class State:
     @property
     def fresh(self) -> bool:
         """Whether it holds what a new state does: no token has left a trace."""
-        current = self.current
+        rows = {**self.grown, **self.buffers}
+        fixed = self.sides[self.side]
         return not any(
-            current[name].size if spec.grows else (current[name] != spec.init).any()
+            rows[name].count if spec.grows else (fixed[name] != spec.init).any()
             for name, spec in self._specs.items()
         )
 

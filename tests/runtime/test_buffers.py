@@ -39,9 +39,13 @@ WANT = np.cumsum(X.astype(np.float64), axis=0)
 
 
 def _sums() -> bytes:
-    """y = the sum of all rows up to each; fails where a number is 1000 or more."""
     b = GraphBuilder("sums")
-    x = b.input("x", "f32", ["T", D])
+    b.output(sums(b, b.input("x", "f32", ["T", D])), "y", "f32", ["T", D])
+    return b.build()
+
+
+def sums(b: GraphBuilder, x: str) -> Any:
+    """The sum of all rows up to each; fails where a number is 1000 or more."""
     buffer = b.input("context", "f32", [1, "C", D])
     past = b.input("past", "i64", [1])
     filled = b.op("Slice", buffer, b.const([0]), past, b.const([1]))
@@ -54,12 +58,10 @@ def _sums() -> bytes:
     first = b.op("Cast", b.op("ReduceMax", x, keepdims=0), to=7)
     beyond = b.op("Div", first, b.const(1000))
     checked = b.op("Gather", b.const([0], np.float32), b.op("Min", beyond, b.const(9)))
-    total = b.op("Add", b.op("CumSum", x, b.const(0)), b.op("Add", earlier, checked))
-    b.output(total, "y", "f32", ["T", D])
-    return b.build()
+    return b.op("Add", b.op("CumSum", x, b.const(0)), b.op("Add", earlier, checked))
 
 
-def _manifest() -> Manifest:
+def hand_made() -> Manifest:
     rows = ValueSpec(dtype="f32", shape=("T", D))
     step = GraphStep(
         graph="graphs/sums.onnx",
@@ -90,7 +92,7 @@ def _manifest() -> Manifest:
 def write(path: Path) -> Path:
     with PackageWriter(path) as writer:
         writer.add_file("graphs/sums.onnx", _sums())
-        writer.finish(_manifest())
+        writer.finish(hand_made())
     return path
 
 
@@ -267,7 +269,7 @@ def test_bfloat16_between_steps_is_refused(tmp_path: Path, steps: Any) -> None:
     wide.output(wide.op("Cast", wide.input("z", "bf16", ["T", D]), to=1), "y", "f32", ["T", D])
     there = GraphStep(graph="graphs/half.onnx", inputs={"x": "x"}, outputs={"z": "z"})
     back = GraphStep(graph="graphs/wide.onnx", inputs={"z": "z"}, outputs={"y": "y"})
-    manifest = _manifest()
+    manifest = hand_made()
     plan = replace(manifest.plan, state={}, prefill=(there, back), decode=(there, back))
     with PackageWriter(tmp_path / "p") as writer:
         writer.add_file("graphs/half.onnx", b.build())

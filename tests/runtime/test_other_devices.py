@@ -14,13 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import pytest
+from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_manifests.errors import InputError
-from evermind_manifests.manifest import DType
+from evermind_manifests.manifest import DType, GraphStep, ValueSpec
+from evermind_manifests.writer import PackageWriter
 from evermind_runtime import model as model_module
 from evermind_runtime.devices import CpuDevice, host_value
 from evermind_runtime.state import State
+from msgspec.structs import replace
 
-from .test_buffers import LIMIT, WANT, X, write
+from .test_buffers import LIMIT, WANT, D, X, hand_made, sums, write
 
 
 class Place:
@@ -99,6 +102,45 @@ def test_buffers_stay_on_the_device(tmp_path: Path, apart: Apart) -> None:
         twin.restore(saved)
         found = model.forward({"x": X[at : at + 5]}, state=twin, steps="decode")["y"]
         np.testing.assert_allclose(found, WANT[at : at + 5], atol=1e-4)
+
+
+def test_generation_goes_on_without_fetching_the_state(tmp_path: Path, apart: Apart) -> None:
+    """Each token is the one whose row fits the sum of all rows so far best."""
+    table = np.random.default_rng(4).normal(size=(11, D)).astype(np.float32)
+    b = GraphBuilder("lm")
+    rows = b.op("Gather", b.const(table, np.float32), b.input("tokens", "i64", ["T"]))
+    logits = b.op("MatMul", sums(b, rows), b.const(table.T, np.float32))
+    b.output(logits, "logits", "f32", ["T", 11])
+    step = GraphStep(
+        graph="graphs/lm.onnx",
+        inputs={"tokens": "tokens", "context": "h", "past": "so_far"},
+        outputs={"logits": "logits", "new": "h"},
+    )
+    manifest = hand_made()
+    plan = replace(
+        manifest.plan,
+        inputs={"tokens": ValueSpec(dtype="i64", shape=("T",), limit=11)},
+        outputs={"logits": ValueSpec(dtype="f32", shape=("T", 11))},
+        prefill=(step,),
+        decode=(step,),
+    )
+    with PackageWriter(tmp_path / "p") as writer:
+        writer.add_file("graphs/lm.onnx", b.build())
+        writer.finish(replace(manifest, plan=plan))
+    seen: list[int] = []
+    with em.load(tmp_path / "p", device="apart") as model:
+        state = model.new_state()
+        assert state.fresh
+        for prompt in ([1, 2], [3], [7, 5, 0]):
+            found = [one.token for one in model.generate(prompt, max_new_tokens=6, state=state)]
+            seen += prompt
+            for token in found:
+                assert token == (table[seen].astype(np.float64).sum(axis=0) @ table.T).argmax()
+                seen.append(token)
+            seen.pop()  # the last one is not part of the state yet
+            assert not state.fresh
+        assert apart.pulled == 0
+        np.testing.assert_array_equal(state.save()["h"], table[None, seen])
 
 
 def test_a_state_of_another_device_is_refused(tmp_path: Path, apart: Apart) -> None:
