@@ -58,7 +58,10 @@ def tokens(width: int, layers: int, rounds: int, threads: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package"
         export_package(source, package, ExportOptions(dtype="f16"))
-        with em.load(package, threads=threads) as plain, em.load(package) as observed:
+        with (
+            em.load(package, threads=threads) as plain,
+            em.load(package, threads=threads) as observed,
+        ):
             observed.observe()
             ids = np.random.default_rng(0).integers(0, config["vocab_size"], PROMPT)
             state = plain.new_state()
