@@ -325,6 +325,21 @@ def test_a_node_without_a_kernel_is_between_casts() -> None:
     assert fit_for_cuda(nodes, half) == nodes
 
 
+def test_a_fused_norm_of_two_types_is_computed_in_float32() -> None:
+    node = helper.make_node(
+        "SkipSimplifiedLayerNormalization",
+        ["x", "residual", "gamma"],
+        ["y", "", "", "sum"],
+        domain="com.microsoft",
+    )
+    half = dict.fromkeys(("x", "residual", "y", "sum"), TensorProto.BFLOAT16)
+    found = fit_for_cuda([node], half)
+    assert [one.op_type for one in found] == ["Cast", "Cast", node.op_type, "Cast", "Cast"]
+    assert list(found[2].input) == ["y.float_0", "y.float_1", "gamma"]
+    half["gamma"] = TensorProto.BFLOAT16
+    assert fit_for_cuda([node], half) == [node]
+
+
 def test_a_widened_softmax_is_computed_in_float32() -> None:
     nodes = [
         helper.make_node("Softmax", ["x"], ["scores"]),

@@ -28,6 +28,7 @@ FLOAT: Final = ONNX_DTYPES["f32"]
 INSIDE: Final = ".half"
 #: torch's names of what is computed in.
 TORCH_DTYPES: Final = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_NORMS: Final = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 #: The halves' TensorProto.DataType.
 HALVES: Final[dict[int, Half]] = {ONNX_DTYPES["f16"]: "f16", ONNX_DTYPES["bf16"]: "bf16"}
 
@@ -65,7 +66,7 @@ def fit_for_cuda(
         if node.op_type == "Softmax" and node.output[0] in widened:
             half.pop(node.output[0], None)
             fitted += _in_float(node, half)
-        elif not _has_kernel(node, half):
+        elif not _has_kernel(node, half) or _mixes(node, half):
             fitted += _in_float(node, half)
         else:
             fitted.append(node)
@@ -166,6 +167,15 @@ def _has_kernel(node: onnx.NodeProto, half: MutableMapping[str, int]) -> bool:
     types = {half[name] for name in (*node.input, *node.output) if name in half}
     name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return node.domain == "evermind" or all(name in KERNELS[HALVES[one]] for one in types)
+
+
+def _mixes(node: onnx.NodeProto, half: MutableMapping[str, int]) -> bool:
+    """Whether a norm that was fused has values and weights of two types, which no kernel takes.
+
+    So where a model keeps its norms' weights in float32 and adds one to them (Qwen3-Next).
+    """
+    given = [name for name in node.input if name]
+    return node.op_type in _NORMS and 0 < sum(name in half for name in given) < len(given)
 
 
 def _in_float(node: onnx.NodeProto, half: MutableMapping[str, int]) -> list[onnx.NodeProto]:
