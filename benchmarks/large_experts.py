@@ -32,8 +32,8 @@ TRACE = ROOT / "tests" / "fixtures" / "traces" / "olmoe_299.jsonl"
 # Four of the trace's sixteen layers: 256 experts, 32 of them for every token.
 TRACE_LAYERS = (3, 6, 9, 12)
 BUDGET = "25%"
-# "guessing" reads ahead what the next layer's router says of the hidden state before it. Here
-# it is always right, as experts add nothing to the state: the most that guessing can give.
+# "guessing" (`guess="on"`) reads ahead what the next layer's router says of the hidden state
+# before it. Here it is always right, as experts add nothing to it: the most that guessing can give.
 SIDES = ("paged", "guessing", "mapped")
 ROUTINGS = ("recorded", "even")
 # For what a process needs apart from experts, and beneath a balloon what others keep running: so
@@ -147,7 +147,7 @@ def _machine(path: Path, folder: str, size: int) -> Machine:
 def decode(path: str, side: str, routing: str, tokens: int, io: IoMode) -> dict[str, Any]:
     """Decode one token after the other from a cold disk; the routing is the tokens' own."""
     warnings.simplefilter("ignore", em.PagingWarning)
-    guess: GuessMode = "auto" if side == "guessing" else "off"
+    guess: GuessMode = "on" if side == "guessing" else "off"
     with open_package(path) as opened, em.load(path, budget=BUDGET, io=io, guess=guess) as model:
         manifest = model.manifest
         paths = {(shard.layer, shard.expert): Path(path) / shard.file for shard in manifest.shards}

@@ -101,10 +101,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--guess",
-        choices=("auto", "off"),
+        choices=("auto", "on", "off"),
         default="auto",
-        help="read what the next layer will probably need while this one runs (default: auto: "
-        "as long as it is right more often than not)",
+        help="read what the next layer will probably need while this one runs, as long as it is "
+        "right more often than not (default: auto: not where large experts on this machine are "
+        "read while others of their layer run)",
     )
 
 

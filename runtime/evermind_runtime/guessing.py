@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-GuessMode: TypeAlias = Literal["auto", "off"]
+GuessMode: TypeAlias = Literal["auto", "on", "off"]
 
 # How far wrong guesses of a layer may be ahead of right ones. Where 32 % are right they are after
 # 22 reads in the mean, where half are after 200, and where 60 % are after some nine thousand.

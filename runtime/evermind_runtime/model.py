@@ -98,14 +98,14 @@ class Model:
             plan,
             None if budget is None else parse_budget(budget, manifest),
             free=available_bytes(),
-            make_pager=lambda room: Pager(
+            make_pager=lambda room, may_pay: Pager(
                 package,
                 self._device,
                 room,
                 make_policy(policy, layers, room, heat),
                 verify=verify,
                 io=io,
-                guess=guess,
+                guess="off" if guess == "auto" and not may_pay else guess,
             ),
         )
         #: The most that expert weights take in memory, in bytes.
@@ -516,7 +516,8 @@ def load(
     and which package alone will do; see docs/network.md. `io` says how experts are read:
     `"direct"` from the disk into place, `"buffered"` through the page cache, or what should be the
     faster of them.
-    `guess` `"off"` leaves a package's guesses of what the next layer will need unused.
+    `guess` is whether a package's guesses of what the next layer will need are read ahead:
+    `"on"`, `"off"`, or `"auto"`, which is off for large experts of a package on this machine.
 
     Raises `BudgetError` if one step's experts or the plan asked for do not fit,
     `DeviceError` for a device or thread count that cannot be had, `UnsupportedError` for programs

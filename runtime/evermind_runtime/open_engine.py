@@ -39,12 +39,13 @@ def open_engine(
     budget: int | None,
     *,
     free: int | None,
-    make_pager: Callable[[int], Pager],
+    make_pager: Callable[[int, bool], Pager],
 ) -> tuple[Engine, PlanChoice]:
     """An engine under the plan that `choose_plan` finds, and what it found.
 
-    `make_pager` makes one for a budget in bytes. Pooled programs that fail their self-test
-    are not used: `UnsupportedError` if they were asked for, else the next plan, which says so.
+    `make_pager` makes one for a budget in bytes, and for whether guesses may pay. Pooled programs
+    that fail their self-test are not used: `UnsupportedError` if they were asked for, else the
+    next plan, which says so.
     """
     manifest = package.manifest
     remote = None if package.store.local else FETCHED_FIRST
@@ -52,6 +53,9 @@ def open_engine(
     resident = Resident(package)
     bf16 = any(has_bf16(manifest.kinds[layer.kind]) for layer in manifest.layers)
     one_by_one = device.name == "cpu" and decodes_one_by_one(slot_bytes(manifest), bf16=bf16)
+    # Experts that decode one by one are read while others run, guessed or not: on a disk right
+    # guesses cost 10 to 15 % (BENCHMARKS.md). Over a network they hide its delay.
+    guesses_may_pay = not (one_by_one and package.store.local)
 
     def engine(room: int, pools: Pools | None = None, pager: Pager | None = None) -> Engine:
         sessions = Sessions(package, resident, device)
@@ -59,7 +63,7 @@ def open_engine(
             manifest,
             sessions,
             resident,
-            pager or make_pager(room),
+            pager or make_pager(room, guesses_may_pay),
             pools,
             one_by_one=one_by_one,
         )

@@ -130,7 +130,7 @@ class Pager:
         self._guessed: dict[int, dict[ExpertKey, Job]] = {}
         self._records: dict[int, GuessRecord] = {}
         all_fit = self._table.most >= count
-        if guess == "auto" and self._readers and not all_fit:
+        if guess != "off" and self._readers and not all_fit:
             self._records = {layer: GuessRecord() for layer in self._experts}
         # Held locks of callers that wait for room.
         self._waiting: list[threading.Lock] = []

@@ -162,3 +162,17 @@ def test_what_is_never_verified_is_read_as_fast(package: Path) -> None:
         for _ in range(2):
             model.forward(TOKENS, steps="decode")
         assert model._pager._cached >= 8
+
+
+@pytest.mark.usefixtures("one_by_one")
+@pytest.mark.parametrize(("guess", "guesses"), [("auto", False), ("on", True), ("off", False)])
+def test_they_are_guessed_where_it_is_asked_for(package: Path, guess: Any, guesses: bool) -> None:
+    with load(package, budget="50%", guess=guess) as model:
+        assert model._pager.guesses(1) == guesses
+        model.forward(TOKENS, steps="decode")
+        assert (model.stats().prefetches > 0) == guesses
+
+
+def test_small_ones_are_guessed_by_themselves(package: Path) -> None:
+    with load(package, budget="50%") as model:
+        assert model._pager.guesses(1)
