@@ -123,7 +123,7 @@ def test_stages_are_told_on_stderr_and_q_is_silent(
 ) -> None:
     from evermind_exporters.huggingface import import_
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(import_, "trace", interrupt)
