@@ -6,7 +6,6 @@ Hugging Face model only `config.json`: no weight need be there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from evermind_manifests.errors import InputError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
+from evermind_runtime.arrays import PREFILL_CHUNK
 from evermind_runtime.choose_plan import FETCHED_FIRST, PlanName, choose_plan
 from evermind_runtime.choose_threads import suited_threads
 from evermind_runtime.forecast import (
@@ -27,7 +27,6 @@ from evermind_runtime.forecast import (
     OVERHEAD_BYTES,
     PAGE_IN_CALLS,
     POOLED_LAYER_CALLS,
-    PREFILL_CHUNK,
     REPETITION,
     SESSION_CALLS,
     SKEW,
@@ -37,6 +36,7 @@ from evermind_runtime.forecast import (
     forecast,
 )
 from evermind_runtime.machine import Extent, Machine, measure_machine, shard_extents
+from evermind_runtime.onnx_runtime import usable_cores
 from evermind_runtime.openers import open_location
 from evermind_runtime.profile import PROFILE_NAME, Profile, parse_profile, read_profile
 from evermind_runtime.sizes import DEFAULT_CONTEXT, ModelSizes, manifest_sizes, pooled_sizes
@@ -80,7 +80,7 @@ class Subject:
         """This machine's figures, measured over the model's own files where it has some."""
         sizes = self.sizes
         if threads is None and self.manifest is not None:
-            threads = suited_threads(self.manifest, len(os.sched_getaffinity(0)))
+            threads = suited_threads(self.manifest, usable_cores())
         return measure_machine(
             self.extents,
             self.folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Final
 
@@ -60,9 +59,10 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 def thread_count(args: argparse.Namespace) -> int | None:
     """What `--threads` says. Raises `DeviceError`, as loading would, before anything is done."""
     from evermind_runtime.choose_threads import check_threads
+    from evermind_runtime.onnx_runtime import usable_cores
 
     threads: int | None = args.threads
-    check_threads(threads, len(os.sched_getaffinity(0)))
+    check_threads(threads, usable_cores())
     return threads
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,10 @@ from .devices import numpy_dtype
 from .state import Array
 
 T = TypeVar("T")
+
+#: Tokens per prefill chunk: bounds the memory of intermediate values. Not tied to the budget,
+#: so that a paged run multiplies the same matrices as an unpaged one.
+PREFILL_CHUNK: Final = 512
 
 
 def check_inputs(

@@ -160,8 +160,7 @@ class BoundDecode:
         for name, array in inputs.items():
             self._values[name][...] = array
         pager, state = self._engine.pager, self._state
-        moves = bool(self._rows or state.buffers)
-        if moves:
+        if self._rows or state.buffers:
             state.check_room(1)
             state.reserve(1)
             self._bind_buffers()

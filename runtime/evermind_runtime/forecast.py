@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from evermind_manifests.manifest import Manifest
 
+from .arrays import PREFILL_CHUNK
 from .machine import Machine
 from .profile import Profile
 from .replay import replay
@@ -38,8 +39,6 @@ SESSION_CALLS: Final = 9_000
 LOAD_CALLS: Final = 100_000
 # Beside weights and state (docs/architecture.md, "Memory").
 OVERHEAD_BYTES: Final = 100 * 2**20
-# As `evermind_runtime.model` cuts a prompt.
-PREFILL_CHUNK: Final = 512
 # What a recommended budget leaves of the memory: the page cache and everybody else need some.
 HEADROOM: Final = 0.1
 
@@ -172,15 +171,10 @@ def expected_hit_rate(
 
 def thrash_warning(
     budget: int, manifest: Manifest, policy: str = "decayed", profile: Profile | None = None
-) -> str | None:
-    """A sentence for a budget under one token's cycle, with the hit rate and the reads to expect.
-
-    `None` where the budget holds a cycle, or not even one step.
-    """
+) -> str:
+    """A sentence for a budget under one token's cycle: the hit rate and the reads to expect."""
     sizes = manifest_sizes(manifest)
     cycle = sizes.cycle_bytes
-    if not sizes.least_budget <= budget < cycle:
-        return None
     rate = expected_hit_rate(sizes, budget, policy=policy, profile=profile)
     hits, read = f"{rate.even:.0%}", f"{round((1 - rate.even) * cycle):,}"
     if rate.skewed > rate.even:

@@ -17,8 +17,15 @@ from evermind_manifests.manifest import ExpertsStep, Manifest
 from evermind_manifests.package import Package
 
 from . import onnx_runtime
-from .arrays import check_inputs, empty_output, join_tokens, slice_tokens, tokens_in
-from .budget import parse_budget
+from .arrays import (
+    PREFILL_CHUNK,
+    check_inputs,
+    empty_output,
+    join_tokens,
+    slice_tokens,
+    tokens_in,
+)
+from .budget import parse_budget, token_cycle_bytes
 from .chat import Chat, ChatTemplates, Message
 from .choose_compute import ComputeName, choose_compute
 from .choose_plan import PlanName
@@ -26,7 +33,6 @@ from .choose_policy import PolicyName, make_policy
 from .choose_threads import suited_threads
 from .decode import BoundDecode
 from .devices import open_device
-from .forecast import thrash_warning
 from .generation import Piece, generate
 from .guessing import GuessMode
 from .introspection import Introspection, report
@@ -47,10 +53,6 @@ from .tokenizer import TextCodec, open_codec
 from .trace import TraceWriter
 
 Steps: TypeAlias = Literal["prefill", "decode"]
-
-# Tokens per prefill chunk: bounds the memory of intermediate values. Not tied to the budget,
-# so that a paged run multiplies the same matrices as an unpaged one.
-PREFILL_CHUNK = 512
 
 
 class PagingWarning(UserWarning):
@@ -120,8 +122,11 @@ class Model:
         self._observer: Observer | None = None
         self._tokens = 0
         self._lock = threading.Lock()
-        paged = self.plan.name == "paged"
-        if paged and (warning := thrash_warning(self.budget, manifest, policy, heat)):
+        if self.plan.name == "paged" and self.budget < token_cycle_bytes(manifest):
+            # Here: forecasts bring much that runs do without.
+            from .forecast import thrash_warning
+
+            warning = thrash_warning(self.budget, manifest, policy, heat)
             warnings.warn(warning, PagingWarning, stacklevel=3)
 
     @property

@@ -103,7 +103,7 @@ class Rows:
         self._held = _Held(self._held.array, 0)
 
     def reserve(self, rows: int) -> None:
-        """Have room for that many more; `value` is another one if the array had to move."""
+        """Have room for that many more; `place` is another one if the array had to move."""
         held = self._settled()
         forget = held.count - self._kept if self._window and held.count > self._most else 0
         count, room = held.count - forget, held.array.shape[self._axis]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..choose_threads import check_threads
+from ..onnx_runtime import usable_cores
 from .disk import (
     DISK_HOW,
     DiskHow,
@@ -99,7 +100,7 @@ def measure_machine(
     weights take, `threads` how many compute (default: all usable cores). Raises `OSError`
     where nothing can be read or written, `DeviceError` for threads that `load` would refuse.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     check_threads(threads, cores)
     count = threads or cores
     available = available_memory()
