@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import InputError
-from evermind_manifests.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SCHEMA
 from evermind_runtime import Model, State
 from evermind_runtime.arrays import by_plan_names
+
+from .targets import open_target
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -34,78 +31,10 @@ def read_arrays(path: Path) -> Arrays:
         raise InputError(f"{path}: cannot be read as .npz: {error}") from error
 
 
-def check_targets(*paths: Path | None, sources: Sequence[str | Path | None] = ()) -> None:
-    """Raise `InputError` before anything is computed if a result could not be written.
-
-    Nor may one take the place of `sources`, what is read, or of a file of any package.
-    """
-    targets = [_target(path) for path in paths if path is not None]
-    if len(set(targets)) < len(targets):
-        raise InputError(f"{targets[0]}: expected a file of its own for each result")
-    read = [Path(os.path.realpath(source)) for source in sources if source is not None]
-    for target in targets:
-        if target in read:
-            raise InputError(f"{target}: it is what is read: expected another file to write")
-        for folder in target.parents:
-            if folder in read or _is_package(folder):
-                raise InputError(
-                    f"{target}: it would be a file of the package {folder}",
-                    hint="Write it elsewhere: a package holds what its manifest.json lists, "
-                    "and changed it is damaged.",
-                )
-
-
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Write an `.npz` file, whole or not at all; a link is written through."""
-    with _replacing(path) as file:
+    with open_target(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all; a link is written through."""
-    with _replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is whole. Raises `InputError`."""
-    target = _target(path)
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_package(folder: Path) -> bool:
-    """Whether a folder's manifest.json is a package's, and not a web page's, say."""
-    try:
-        with (folder / MANIFEST_NAME).open("rb") as file:
-            return SCHEMA.encode() in file.read(MAX_MANIFEST_BYTES)
-    except OSError:
-        return False
-
-
-def _target(path: Path) -> Path:
-    """The file that `path` means, behind any links; it can be written or replaced."""
-    target = Path(os.path.realpath(path))
-    try:
-        # A loop of links, and a name too long, fail here.
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(target.stat().st_mode):
-                raise InputError(f"{path}: expected a regular file, found something else")
-        if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-            raise InputError(f"{path}: its folder is not there, or cannot be written to")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    return target
 
 
 def read_states(model: Model, path: Path | None, inputs: Arrays) -> State | list[State]:

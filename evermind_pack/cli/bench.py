@@ -34,11 +34,11 @@ from evermind_pack.planning import (
     standard_budgets,
 )
 
-from .arrays import check_targets
 from .options import add_policy, add_reading, add_threads, thread_count, token_count
 from .plan import machine_rows, model_rows, shown
 from .plots import check_pictures, plot_speeds
 from .run import token_ids
+from .targets import check_targets
 from .terminal import (
     human_bytes,
     number,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from evermind_manifests.destination import check_outside_packages
 from evermind_manifests.errors import (
     ConfigError,
     ExportError,
@@ -16,6 +17,7 @@ from evermind_manifests.errors import (
 )
 from evermind_manifests.package import Package, open_package
 
+from .targets import check_targets
 from .terminal import human_bytes, print_json, print_table, progress
 
 EXAMPLES = """\
@@ -87,6 +89,10 @@ def run(args: argparse.Namespace) -> int:
             f"{args.output}: exists already",
             hint="Choose another name, or give --force.",
         )
+    if args.to == "hf":
+        check_outside_packages(args.output)
+    else:
+        check_targets(args.output, sources=(args.package,))
     try:
         from evermind_exporters import (
             convert_package,

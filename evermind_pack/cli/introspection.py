@@ -8,8 +8,8 @@ import numpy as np
 from evermind_runtime import Introspection
 from evermind_runtime.introspection import LayerReport
 
-from .arrays import write_file
 from .plots import plot_heatmap
+from .targets import write_file
 from .terminal import human_bytes, print_columns
 
 _TOP = 5

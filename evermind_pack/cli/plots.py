@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from evermind_manifests.errors import InputError, MissingExtraError
 
-from .arrays import write_file
+from .targets import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,6 @@ from evermind_runtime.choose_compute import ComputeName
 from evermind_runtime.choose_plan import PLAN_NAMES
 
 from .arrays import (
-    check_targets,
     read_arrays,
     read_states,
     restore_state,
@@ -30,6 +29,7 @@ from .introspection import draw_heatmap, print_introspection, write_prometheus
 from .options import SAMPLING, add_policy, add_reading, add_sampling, add_threads, thread_count
 from .plots import check_pictures
 from .remote import add_remote_arguments, remote_options
+from .targets import check_targets
 from .terminal import human_bytes, print_json, print_table, remark
 
 EXAMPLES = """\
@@ -184,7 +184,8 @@ def _check_combination(args: argparse.Namespace) -> None:
                 f"{option} has no meaning {'with' if args.inputs else 'without'} --inputs"
             )
     results = (args.outputs, args.state_out, args.prometheus, args.heatmap)
-    check_targets(*results, sources=(args.package,))
+    read = (args.package, args.inputs, args.state_in, args.messages, args.profile)
+    check_targets(*results, sources=read)
     check_pictures(args.heatmap)
     thread_count(args)
 

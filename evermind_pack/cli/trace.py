@@ -16,10 +16,10 @@ from evermind_runtime.profile import encode_profile, profile_of
 from evermind_runtime.replay import POLICIES, Replay, replay
 from evermind_runtime.trace import Trace, read_trace
 
-from .arrays import check_targets, write_file
 from .plots import check_pictures, plot_heatmap, plot_hit_rates
 from .remote import add_remote_arguments, remote_options
 from .run import token_ids
+from .targets import check_targets, write_file
 from .terminal import human_bytes, print_json, print_table, progress, remark
 
 EXAMPLES = """\

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from evermind_manifests.destination import check_outside_packages
 from evermind_manifests.errors import (
     CheckpointError,
     ConfigError,
@@ -201,9 +202,10 @@ class RunFolder:
 def clear_start(path: Path) -> None:
     """Empty the folder of a run that ended before its first checkpoint.
 
-    Raises `InputError`, and touches nothing, for a folder with anything else in it, or for
-    what is no folder. A new or empty folder is left as it is.
+    Raises `InputError`, and touches nothing, for a folder with anything else in it, one inside
+    a package, or for what is no folder. A new or empty folder is left as it is.
     """
+    check_outside_packages(path)
     if not os.path.lexists(path):
         return
     try:

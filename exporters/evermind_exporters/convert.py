@@ -10,13 +10,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
+from evermind_manifests.destination import replacing
 from evermind_manifests.dtypes import Rounding
 from evermind_manifests.errors import ConfigError, ExportError
 from evermind_manifests.manifest import CARD_NAME, Card, Manifest
@@ -139,31 +139,28 @@ def package_checkpoint(package: Package) -> Checkpoint:
 
 
 def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
-    """Write a file whole or not at all: a temporary one beside it, synced, then renamed.
+    """Write a file whole or not at all: see `replacing`.
 
     Raises `ExportError` if it exists and may not be replaced, or cannot be written.
     """
     if not overwrite:
         _refuse_existing(path)
-    temporary = _beside(path)
     try:
-        _write_synced(temporary, data)
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write(data)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a new folder of files, whole or not at all. Raises `ExportError` if it exists."""
     _refuse_existing(path)
-    temporary = _beside(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir()
         for name, data in files.items():
-            _write_synced(temporary / name, data)
+            with replacing(temporary / name) as file:
+                file.write(data)
         temporary.rename(path)
     except OSError as error:
         raise ExportError(f"{path}: cannot be written: {error.strerror}") from error
@@ -183,17 +180,6 @@ def _family(package: Package) -> Family:
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
         raise ExportError(f"{path}: exists already", hint="Choose another name, or remove it.")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _peer_manifest(package: Package) -> tuple[PeerManifest, bytes]:

@@ -12,11 +12,13 @@ import errno
 import fcntl
 import os
 import shutil
+import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .destination import check_outside_packages, is_package
 from .errors import ExportError
 from .journal import JOURNAL_NAME, read_journal, sync
 from .manifest import MANIFEST_NAME
@@ -208,12 +210,14 @@ class Staging:
             replaced.rename(self.destination)
 
     def check_destination(self) -> None:
-        """Raise `ExportError` if something is there that may not be replaced."""
+        """Raise `ExportError` if something is there that may not be replaced, `InputError` if
+        the place is inside another package."""
         place = self.destination
+        check_outside_packages(place)
         if not os.path.lexists(place):
             return
         # Only a package is ever replaced: not a home folder that was named by mistake.
-        package = not place.is_symlink() and (_is_zip(place) or _is_package_folder(place))
+        package = not place.is_symlink() and (_is_package_zip(place) or _is_package_folder(place))
         if not self._overwrite:
             raise ExportError(
                 f"{place}: exists already",
@@ -269,15 +273,19 @@ def _try_lock(folder: Path) -> int | None:
     return fd
 
 
-def _is_zip(path: Path) -> bool:
+def _is_package_zip(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return MANIFEST_NAME in archive.NameToInfo
+    # Damage fails in ways of its own, an unknown version as NotImplementedError.
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
 
 
 def _is_package_folder(path: Path) -> bool:
-    return path.is_dir() and ((path / MANIFEST_NAME).is_file() or not any(path.iterdir()))
+    return path.is_dir() and (is_package(path) or not any(path.iterdir()))
 
 
 def _remove(path: Path) -> None:

@@ -111,6 +111,17 @@ def full_after(count: int, original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def full_for_writers(count: int) -> Callable[..., Any]:
+    """`Path.open`, with a disk that takes `count` files: what is there can still be read."""
+    opened = Path.open
+    full = full_after(count, opened)
+
+    def call(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return (opened if mode.startswith("r") else full)(path, mode, *args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("name", ["p", "p.zip"])
 @pytest.mark.parametrize("layout", ["files", "pool"])
 @pytest.mark.parametrize("existing", [False, True])
@@ -125,7 +136,7 @@ def test_a_full_disk(
 ) -> None:
     before = write_tiny(tmp_path / name) if existing else None
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", full_after(count, Path.open))
+        patched.setattr(Path, "open", full_for_writers(count))
         if layout == "pool" and count > 7:
             # By then only the pool is written to, and it is open already.
             patched.undo()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evermind_manifests.package import open_package
 
 from tests.cli.command_line import call
 from tests.packages import export, lm_source
@@ -127,3 +128,55 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert "No space left" in err
     assert (tmp_path / "out.npz").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+
+
+@pytest.mark.parametrize(
+    ("option", "source"),
+    [("--outputs", "--inputs"), ("--state-out", "--state-in"), ("--heatmap", "--profile")],
+)
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_a_result_never_replaces_what_is_read(
+    option: str, source: str, link: Any, run: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    place = tmp_path / "in.npz"
+    if link is not None:
+        link(tmp_path / "again.npz", place)
+        place = tmp_path / "again.npz"
+    before = place.read_bytes()
+    given = [] if source == "--inputs" else [source, tmp_path / "in.npz"]
+    outputs = [] if option == "--outputs" else ["--outputs", tmp_path / "out.npz"]
+    code, out, err = call(capsys, *run, *given, *outputs, option, place)
+    assert (code, out) == (2, "")
+    assert "it is what is read" in err
+    assert place.read_bytes() == before
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_convert_spares_the_package_it_reads(
+    package: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evermind_exporters.convert_package", _never)
+    zipped = export(lm_source(), tmp_path / "lm.zip")
+    for source, to, place, message in [
+        (zipped, "evl0", zipped, "it is what is read"),
+        (package, "evl0", package / "manifest.json", "would be a file of the package"),
+        (package, "hf", package / "hf", "would be a file of the package"),
+    ]:
+        before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+        force = [] if to == "hf" else ["--force"]
+        command = ["convert", source, "-o", place, "--to", to, *force]
+        code, out, err = call(capsys, *command)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert {path: path.read_bytes() for path in before} == before
+    with open_package(zipped) as opened:
+        assert opened.manifest.family == "evermind-lm"
+
+
+def test_no_run_is_trained_into_a_package(package: Path, tmp_path: Path, capsys: Any) -> None:
+    before = sorted(package.rglob("*"))
+    command = ["train", "tokitai", "-o", package / "run", "--size", "nano", "--steps", "1"]
+    code, out, err = call(capsys, *command)
+    assert (code, out) == (2, "")
+    assert "would be a file of the package" in err
+    assert sorted(package.rglob("*")) == before

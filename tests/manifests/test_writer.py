@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from evermind_manifests import PackageWriter, open_package
 from evermind_manifests.errors import (
     ExportError,
+    InputError,
     ManifestError,
     PathError,
     ShardError,
@@ -111,13 +113,42 @@ def make_link(path: Path) -> None:
     path.symlink_to("real")
 
 
-@pytest.mark.parametrize("make", [make_folder, make_file, make_link])
-def test_only_a_package_is_ever_replaced(tmp_path: Path, make: Any) -> None:
-    make(tmp_path / "p")
+def make_web_page(path: Path) -> None:
+    path.mkdir()
+    (path / "manifest.json").write_text('{"name": "page", "icons": []}')
+
+
+def make_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("thesis.txt", "years of work")
+
+
+def make_torn_archive(path: Path) -> None:
+    make_archive(path)
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("name", ["p", "p.zip"])
+@pytest.mark.parametrize(
+    "make", [make_folder, make_file, make_link, make_web_page, make_archive, make_torn_archive]
+)
+def test_only_a_package_is_ever_replaced(tmp_path: Path, make: Any, name: str) -> None:
+    make(tmp_path / name)
     before = listing(tmp_path)
     with pytest.raises(ExportError, match="expected a package to replace"):
-        write_tiny(tmp_path / "p", overwrite=True)
+        write_tiny(tmp_path / name, overwrite=True)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["q", "q.zip", "experts/q", "manifest.json"])
+def test_nothing_is_written_into_a_package(tmp_path: Path, name: str) -> None:
+    write_tiny(tmp_path / "p")
+    (tmp_path / "link").symlink_to("p")
+    for folder in ("p", "link"):
+        before = sorted((tmp_path / "p").rglob("*"))
+        with pytest.raises(InputError, match="would be a file of the package"):
+            write_tiny(tmp_path / folder / name, overwrite=True)
+        assert sorted((tmp_path / "p").rglob("*")) == before
 
 
 def test_a_folder_and_a_file_do_not_replace_each_other(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from evermind_manifests.errors import DigestError, ExportError, NetworkError
+from evermind_manifests.errors import DigestError, ExportError, InputError, NetworkError
 from evermind_manifests.package import open_package
 from evermind_runtime.openers import open_location
 from evermind_runtime.profile import LayerProfile, Profile, encode_profile
@@ -200,10 +201,20 @@ def test_a_folder_that_is_no_package_is_left_alone(
     with pytest.raises(ExportError, match="expected a package or an empty folder"):
         push(versions / "v1", str(photos), options)
     assert tree_digest(photos).keys() == {"cat.png"}
+    page = tmp_path / "page"
+    page.mkdir()
+    (page / "manifest.json").write_text('{"name": "page"}')
+    with pytest.raises(ExportError, match="expected a package or an empty folder"):
+        push(versions / "v1", str(page), options)
+    assert tree_digest(page).keys() == {"manifest.json"}
+    before = tree_digest(versions / "v1")
+    with pytest.raises(InputError, match="would be a file of the package"):
+        push(versions / "v2p", str(versions / "v1" / "copy"), options)
+    assert tree_digest(versions / "v1") == before
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "experts").symlink_to(photos)
-    (linked / "manifest.json").write_bytes(b"{}")
+    shutil.copy(versions / "v1" / "manifest.json", linked)
     with pytest.raises(ExportError, match="symlink"):
         push(versions / "v1", str(linked), options)
     assert tree_digest(photos).keys() == {"cat.png"}

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from evermind_manifests.destination import check_outside_packages, is_package
 from evermind_manifests.errors import EvermindPackError, ExportError, LocationError
 from evermind_manifests.manifest import (
     MANIFEST_NAME,
@@ -93,13 +94,15 @@ class FolderTarget(Target):
         self._names: set[str] = set()
 
     def prepare(self, manifest: Manifest, digest: str) -> None:
-        """See `Target.prepare`. Raises `ExportError` for a folder that is no package's."""
+        """See `Target.prepare`. Raises `ExportError` for a folder that is no package's,
+        `InputError` for one inside another package."""
         root = self._root
+        check_outside_packages(root)
         if root.suffix == ".zip":
             raise ExportError(f"{root}: expected a folder, found the name of a single file")
         if root.is_symlink() or (root.exists() and not root.is_dir()):
             raise ExportError(f"{root}: expected a folder")
-        ours = self._scratch.is_dir() or (root / MANIFEST_NAME).is_file()
+        ours = self._scratch.is_dir() or is_package(root)
         if root.is_dir() and any(root.iterdir()) and not ours:
             raise ExportError(
                 f"{root}: expected a package or an empty folder, found something else",
