@@ -273,6 +273,10 @@ def test_another_architecture_is_counted_by_its_fields_and_says_so() -> None:
         ({"mlp_layer_types": ["sparse"]}, "expected 48 names"),
         ({"quantization_config": 4}, "quantization_config: expected an object"),
         ({"max_position_embeddings": 100}, "at most 100 tokens, found a context of 4,096"),
+        (
+            {"max_position_embeddings": None, "model_max_length": 100},
+            "at most 100 tokens, found a context of 4,096",
+        ),
     ],
 )
 def test_what_cannot_be_counted_is_refused(change: dict[str, Any], message: str) -> None:

@@ -35,6 +35,14 @@ _MOST_BYTES = 4 * 2**20
 # The state is float32.
 _FLOAT = 4
 _DTYPES: dict[str, DType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+# What transformers' configs call the longest sequence that a model can take.
+_LONGEST = (
+    "max_position_embeddings",
+    "model_max_length",
+    "max_seq_len",
+    "n_positions",
+    "context_length",
+)
 # Bytes per weight of the formats checkpoints come in, their scales included.
 _MXFP4 = 4.25 / 8
 _FP8 = 1 + 4 / 128**2
@@ -144,14 +152,12 @@ class _Model:
         self._notes: list[str] = []
         self._kept = self._find_kept()
         fields = self._fields
-        longest = fields.count(
-            "max_position_embeddings", "max_seq_len", default=DEFAULT_CONTEXT, least=1
-        )
+        longest = fields.count(*_LONGEST, default=DEFAULT_CONTEXT, least=1)
         self._longest = longest
         self._context = context or min(DEFAULT_CONTEXT, longest)
         if self._context > longest:
             raise ConfigError(
-                f"{where}: max_position_embeddings: the model takes at most {longest:,} tokens, "
+                f"{where}: the model takes at most {longest:,} tokens, "
                 f"found a context of {self._context:,}"
             )
 
