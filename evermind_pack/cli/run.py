@@ -149,13 +149,12 @@ def run(args: argparse.Namespace) -> int:
                 io=args.io,
                 plan=args.plan,
                 guess=args.guess,
+                observe=args.introspect,
                 remote=remote_options(args, prefetch=args.prefetch),
             )
         )
         for warning in caught:
             remark(f"warning: {warning.message}", quiet=args.quiet)
-        if args.introspect:
-            model.observe()
         if args.inputs:
             _run_arrays(model, args)
         elif args.chat:

@@ -22,8 +22,10 @@ PLAN_NAMES: tuple[PlanName, ...] = get_args(PlanName)
 # 64, 256, 576 and 1024 KiB (BENCHMARKS.md).
 _SMALL_EXPERT = 384 * 1024
 
-# Why pools are left alone where every expert has to come over the network.
+# Why pools are left alone where every expert has to come over the network, and where experts'
+# statistics are asked for.
 FETCHED_FIRST = "pools would fetch all of them before the first token"
+UNOBSERVED = "pools do not show what each expert puts out"
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class Model:
         io: IoMode = "auto",
         guess: GuessMode = "auto",
         plan: PlanName = "auto",
+        observe: bool = False,
     ) -> None:
         self._package = package
         manifest = package.manifest
@@ -100,6 +101,7 @@ class Model:
             plan,
             None if budget is None else parse_budget(budget, manifest),
             free=available_bytes(),
+            observed=observe,
             make_pager=lambda room, may_pay: Pager(
                 package,
                 self._device,
@@ -119,7 +121,7 @@ class Model:
         self._process = os.getpid()
         self._codec: TextCodec | None = None
         self._templates: ChatTemplates | None = None
-        self._observer: Observer | None = None
+        self._observer = Observer(manifest.plan) if observe else None
         self._tokens = 0
         self._lock = threading.Lock()
         if self.plan.name == "paged" and self.budget < token_cycle_bytes(manifest):
@@ -334,7 +336,9 @@ class Model:
         """Begin to collect statistics for `introspect` (anew, if it had begun), or end it.
 
         While observed, every token goes through the prefill program with its experts' graphs of
-        statistics, which is slower and agrees with the decode program within rounding.
+        statistics, which is slower and agrees with the decode program within rounding. Under the
+        plan `resident` they read all they need anew for every token: `load(observe=True)` takes
+        another plan.
         """
         self._observer = Observer(self.manifest.plan) if on else None
 
@@ -499,6 +503,7 @@ def load(
     guess: GuessMode = "auto",
     plan: PlanName = "auto",
     compute: ComputeName = "auto",
+    observe: bool = False,
 ) -> Model:
     """Open a package (a folder, one `.zip` file, or the URL of either) and make it ready to run.
 
@@ -523,11 +528,13 @@ def load(
     faster of them.
     `guess` is whether a package's guesses of what the next layer will need are read ahead:
     `"on"`, `"off"`, or `"auto"`, which is off for large experts of a package on this machine.
+    `observe` begins to collect statistics at once, as `Model.observe` does later, and leaves out
+    the plan `"resident"`, which has none.
 
     Raises `BudgetError` if one step's experts or the plan asked for do not fit,
     `DeviceError` for a device or thread count that cannot be had, `UnsupportedError` for programs
     that the package does not have, `InputError` for a policy
-    without the profile it needs or direct reads that cannot be had, `ManifestError` or
+    without the profile it needs, direct reads or a plan that cannot be had, `ManifestError` or
     `IntegrityError` for a package that is not what it should be, and `NetworkError` for one
     that cannot be fetched.
     """
@@ -552,6 +559,7 @@ def load(
             io=io,
             guess=guess,
             plan=plan,
+            observe=observe,
         )
     except BaseException:
         package.close()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
-from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.errors import InputError, UnsupportedError
 from evermind_manifests.package import Package
 
 from .budget import working_set_bytes
-from .choose_plan import FETCHED_FIRST, PlanChoice, PlanName, choose_plan
+from .choose_plan import FETCHED_FIRST, UNOBSERVED, PlanChoice, PlanName, choose_plan
 from .devices import Device
 from .layers import slot_bytes
 from .pager import Pager
@@ -39,17 +39,24 @@ def open_engine(
     budget: int | None,
     *,
     free: int | None,
+    observed: bool,
     make_pager: Callable[[int, bool], Pager],
 ) -> tuple[Engine, PlanChoice]:
     """An engine under the plan that `choose_plan` finds, and what it found.
 
+    Where experts will be `observed`, their own programs run: pools are refused with `InputError`.
     `make_pager` makes one for a budget in bytes, and for whether guesses may pay. Pooled programs
     that fail their self-test are not used: `UnsupportedError` if they were asked for, else the
     next plan, which says so.
     """
     manifest = package.manifest
-    remote = None if package.store.local else FETCHED_FIRST
-    choice = choose_plan(plan, manifest, budget, device.name, free, remote)
+    if observed and plan == "resident":
+        raise InputError(
+            f"plan: 'resident' cannot be observed: {UNOBSERVED}",
+            hint="Leave the plan to 'auto', or take 'half' or 'paged'.",
+        )
+    unless = UNOBSERVED if observed else None if package.store.local else FETCHED_FIRST
+    choice = choose_plan(plan, manifest, budget, device.name, free, unless)
     resident = Resident(package)
     bf16 = any(has_bf16(manifest.kinds[layer.kind]) for layer in manifest.layers)
     one_by_one = device.name == "cpu" and decodes_one_by_one(slot_bytes(manifest), bf16=bf16)

@@ -43,3 +43,18 @@ def test_the_plan_is_said_aloud(
 def test_a_plan_without_room_is_refused(package: Path, capsys: Any) -> None:
     assert run(package, "--plan", "resident", "--budget", "50%") == 2
     assert "plan: 'resident' takes" in capsys.readouterr().err
+
+
+def test_what_experts_do_is_told_by_no_pools(package: Path, capsys: Any) -> None:
+    """Observed, tokens pass through the experts' own programs, which find them in memory."""
+    assert run(package, "--introspect", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    experts = result["introspection"]["layers"][0]["experts"]
+    assert result["plan"] == "half"
+    assert "pools do not show" in result["plan_reason"]
+    assert any(expert.get("magnitude") for expert in experts)
+    layers = result["introspection"]["layers"]
+    touched = sum(expert["misses"] > 0 for layer in layers for expert in layer["experts"])
+    assert result["expert_misses"] == touched  # each is read once
+    assert run(package, "--introspect", "--plan", "resident") == 2
+    assert "plan: 'resident' cannot be observed" in capsys.readouterr().err
