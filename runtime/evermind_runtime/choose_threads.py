@@ -29,6 +29,8 @@ def check_threads(threads: int | None, cores: int) -> None:
 
 def suited_threads(manifest: Manifest, cores: int) -> int:
     """The threads that decode a token soonest, of `cores` that may be used."""
+    if manifest.parameters.active <= SMALL_MATRIX:
+        return 1  # nothing of it is a larger matrix
     largest = max(map(_largest_matrix, manifest.kinds.values()), default=0)
     if not 0 < largest <= SMALL_MATRIX:
         return cores

@@ -49,11 +49,12 @@ FORMULA: Final[Mapping[str, str]] = {
     "fixed_calls": f"{TOKEN_CALLS} + (graph_runs + more_runs) * {GRAPH_RUN_CALLS}"
     f" (over pools: {TOKEN_CALLS} + layers * {POOLED_LAYER_CALLS})",
     "bytes_per_token": "(1 - hit_rate) * cycle_bytes",
-    "hit_rate": "share * odds / (share * odds + 1 - share), where share = budget /"
-    f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's);"
-    " 1 with all experts resident; 0 below cycle_bytes with the policy lru; with a trace what its"
-    " replay under the policy gives; with a profile, unless the policy is lru, at least the share"
-    " of uses of the hottest experts that fill the budget",
+    "hit_rate": "min(share * odds / (share * odds + 1 - share), most), where share = budget /"
+    f" all_expert_bytes, odds = 1 (even routing) to {SKEW} (routing as skewed as OLMoE's),"
+    " most = (budget - step) / (cycle_bytes - step), step = cycle_bytes / layers,"
+    " but 1 from cycle_bytes on; 1 with all experts resident; 0 below cycle_bytes with the policy"
+    " lru; with a trace what its replay under the policy gives; with a profile, unless the policy"
+    " is lru, at least the share of uses of the hottest experts that fill the budget",
     "bound": "1 / max(bytes_per_token / disk_rate, active_bytes / memory_rate)",
     "load_seconds": "(resident_bytes + pooled_from) * (1 / disk_rate + 1 / sha256_rate)"
     f" + {LOAD_CALLS} * call_seconds",
@@ -138,6 +139,19 @@ def skewed_hit_rate(share: float, skew: float = SKEW) -> float:
     return even * skew / (even * skew + 1 - even)
 
 
+def most_hits(sizes: ModelSizes, budget: int) -> float:
+    """The share of hits that no policy exceeds, Belady's neither.
+
+    Between two uses an expert of one layer sits through the steps of all others, beside what
+    these pin: over a cycle, every step leaves `budget - step` bytes for the hits of the rest.
+    """
+    cycle = sizes.cycle_bytes
+    if budget >= cycle:
+        return 1.0
+    step = cycle / len(sizes.layers)
+    return max(0.0, (budget - step) / (cycle - step))
+
+
 def expected_hit_rate(
     sizes: ModelSizes,
     budget: int,
@@ -166,7 +180,8 @@ def expected_hit_rate(
     even, skewed = even_hit_rate(share), skewed_hit_rate(share)
     if profile is not None and policy != "lru":
         even = _hottest(sizes, budget, profile)
-    return Range(even, max(even, skewed))
+    most = most_hits(sizes, budget)
+    return Range(min(even, most), min(max(even, skewed), most))
 
 
 def thrash_warning(

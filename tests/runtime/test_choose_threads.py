@@ -52,11 +52,18 @@ def test_a_large_matrix_takes_all_cores(manifest: Manifest) -> None:
 
 
 def test_so_does_what_is_large_beside_small_experts(manifest: Manifest) -> None:
-    assert suited_threads(_with_matrices(manifest, 8, 8, beside=3), CORES) == CORES
+    assert suited_threads(_with_matrices(manifest, 128, 256, beside=3), CORES) == CORES
 
 
-def test_so_does_a_model_without_experts(manifest: Manifest) -> None:
-    assert suited_threads(structs.replace(manifest, kinds={}, layers=()), CORES) == CORES
+def test_but_not_where_all_of_it_is_small(manifest: Manifest) -> None:
+    assert suited_threads(_with_matrices(manifest, 8, 8, beside=300), CORES) == 1
+    assert suited_threads(structs.replace(manifest, kinds={}, layers=()), CORES) == 1
+
+
+def test_a_model_without_experts_takes_all_cores(manifest: Manifest) -> None:
+    parameters = structs.replace(manifest.parameters, active=SMALL_MATRIX + 1)
+    dense = structs.replace(manifest, kinds={}, layers=(), parameters=parameters)
+    assert suited_threads(dense, CORES) == CORES
 
 
 def test_a_larger_second_package_says_what_it_would_have(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evermind_manifests.manifest import GraphStep, StateSpec
 from evermind_manifests.package import open_package
@@ -18,6 +19,7 @@ from evermind_runtime.forecast import (
     expected_hit_rate,
     fixed_calls,
     forecast,
+    most_hits,
     process_bytes,
     recommended_budget,
     skewed_hit_rate,
@@ -221,9 +223,18 @@ def test_figures_are_those_of_the_formula() -> None:
     inputs |= {"active_parameters": 1, "hit_rate": 1, "bytes_per_token": 0}
     speed = eval(FORMULA["tokens_per_second"], {"max": max}, inputs)
     assert wide.tokens_per_second.even == pytest.approx(speed)
-    share = {"share": 0.25, "odds": SKEW}
-    text = FORMULA["hit_rate"].partition(", where")[0]
-    assert skewed_hit_rate(0.25) == pytest.approx(eval(text, {}, share))
+    text, _, where = FORMULA["hit_rate"].partition(", where")
+    most = where.partition("most = ")[2].partition(", step")[0]
+    # Room for 3 of the 8 experts, 2 of which a token uses in each of 4 layers; then for 9 of 64.
+    for experts, budget in ((8, 3), (64, 9)):
+        layers = tuple(
+            ExpertLayer(layer=at, experts=experts // 4, top_k=2, bytes=1) for at in range(4)
+        )
+        few = replace(sizes, layers=layers)
+        values = {"budget": budget, "cycle_bytes": 8, "step": 8 / 4}
+        values = {"share": budget / experts, "odds": SKEW, "most": min(1, eval(most, {}, values))}
+        found = expected_hit_rate(few, budget).skewed
+        assert found == pytest.approx(eval(text, {"min": min}, values))
 
 
 def test_the_skew_is_that_of_the_olmoe_trace() -> None:
@@ -237,6 +248,49 @@ def test_the_skew_is_that_of_the_olmoe_trace() -> None:
         needs = whole.hits + whole.misses - begun.hits - begun.misses
         measured = (whole.hits - begun.hits) / needs
         assert skewed_hit_rate(share) == pytest.approx(measured, abs=0.03)
+
+
+def cyclic(layers: int, experts: int, tokens: int) -> Trace:
+    """Every token uses every expert."""
+    sizes = [ExpertLayer(layer=at, experts=experts, top_k=experts, bytes=1) for at in range(layers)]
+    row = tuple(range(experts))
+    return Trace(
+        tuple(sizes), tuple(TraceStep(at % layers, (row,)) for at in range(tokens * layers))
+    )
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(2, 4), (12, 1), (4, 3)])
+def test_what_a_step_pins_hits_for_no_other_layer(layers: int, experts: int) -> None:
+    trace = cyclic(layers, experts, 400)
+    sizes = ModelSizes(trace.layers, 1, 1, StateSizes(), 1, 1, 1, layers + 1)
+    for budget in range(experts, layers * experts):
+        most = most_hits(sizes, budget)
+        rate = expected_hit_rate(sizes, budget)
+        assert replay(trace, "belady", budget).hit_rate <= most
+        # The range holds what the pager does where routing leaves no choice.
+        assert rate.skewed == pytest.approx(most)
+        assert replay(trace, "decayed", budget).hit_rate == pytest.approx(most, abs=0.02)
+    assert expected_hit_rate(sizes, experts) == Range(0, 0)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_no_policy_hits_more_than_steps_leave_room_for(data: st.DataObject) -> None:
+    tops = data.draw(st.lists(st.integers(1, 3), min_size=2, max_size=5), label="top-k")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))
+    layers = tuple(
+        ExpertLayer(layer=at, experts=top_k + 2, top_k=top_k, bytes=1)
+        for at, top_k in enumerate(tops)
+    )
+    steps = [
+        TraceStep(layer.layer, (tuple(map(int, rng.permutation(layer.experts)[: layer.top_k])),))
+        for _ in range(40)
+        for layer in layers
+    ]
+    sizes = ModelSizes(layers, 1, 1, StateSizes(), 1, 1, 1, 1)
+    for budget in range(sizes.least_budget, sizes.cycle_bytes):
+        found = replay(Trace(layers, tuple(steps)), "belady", budget).hit_rate
+        assert found <= most_hits(sizes, budget) + 1e-9
 
 
 def test_a_trace_or_a_profile_says_more_than_the_range() -> None:
