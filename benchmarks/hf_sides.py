@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,27 +34,27 @@ def missing(*modules: str) -> str | None:
     return "; ".join(absent) or None
 
 
-class Side:
+class Side(ABC):
     """What a benchmark asks of any side."""
 
     #: Seconds it took to open the model, libraries loaded.
     opening = 0.0
 
+    @abstractmethod
     def begin(self) -> None:
         """Forget the context."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefill(self, tokens: Sequence[int]) -> Array:
         """Logits `(V,)` after `tokens`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, token: int) -> Array:
         """Logits `(V,)` after one more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def files(self) -> Sequence[Path]:
         """Where its weights are read from."""
-        raise NotImplementedError
 
     def logits(self, prompt: list[int], forced: list[int], file: str) -> dict[str, float]:
         """Write the logits after the prompt and after each forced token, `(1 + n, V)`.

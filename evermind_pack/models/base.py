@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 StreamedRun: TypeAlias = Callable[..., tuple[dict[str, Tensor], float]]
 
 
-class FamilyModel(nn.Module):
+class FamilyModel(nn.Module, ABC):
     """A model whose `state_dict` has exactly its family's names and shapes.
 
     A subclass builds its modules in `_build`, in the state dict's order and without drawing
@@ -53,16 +53,16 @@ class FamilyModel(nn.Module):
         return model
 
     @classmethod
+    @abstractmethod
     def initial(cls, config: Mapping[str, Any]) -> Mapping[str, npt.NDArray[np.float32]]:
         """Every tensor of a fresh model; `config` is resolved, its `seed` decides the draws."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, *inputs: Array) -> dict[str, Tensor]:
         """What a package computes from `inputs`, by the plan's names; in the model's dtype.
 
         Raises `InputError` for shapes or values the model does not take.
         """
-        raise NotImplementedError
 
     @classmethod
     def stream(cls, config: Mapping[str, Any], tensors: Tensors) -> StreamedRun | None:
@@ -80,8 +80,9 @@ class FamilyModel(nn.Module):
             for name in FAMILIES[self.family].shapes(self.config)
         }
 
+    @abstractmethod
     def _build(self) -> None:
-        raise NotImplementedError
+        """Make the modules that `self.config` describes; their weights are filled in later."""
 
     def _prepare(self, config: Mapping[str, Any]) -> None:
         self.config = FAMILIES[self.family].resolve(config, {})

@@ -108,8 +108,11 @@ class ModelFamily(ABC):
         return {}
 
     def initial(self, config: Config) -> Tensors:
-        """Every tensor of a fresh model, each drawn when it is asked for; the seed decides."""
-        raise NotImplementedError(f"{self.name} has no initial weights")
+        """Every tensor of a fresh model, each drawn when it is asked for; the seed decides.
+
+        Raises `ConfigError` for a family that has `presets` of no kind.
+        """
+        raise ConfigError(f"{self.name} config: expected a family that draws initial weights")
 
     def parameter_count(self, config: Config) -> int:
         """Scalars in all tensors together."""

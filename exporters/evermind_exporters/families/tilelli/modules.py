@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -43,9 +44,9 @@ class TilelliModule(ModelFamily):
         """See `ModelFamily.stored_as`; the storage becomes a field of the configuration."""
         return {**config, "storage": dtype}, "f32"
 
+    @abstractmethod
     def blocks(self, config: Config) -> list[Block]:
         """The model's blocks."""
-        raise NotImplementedError
 
     def expert_names(self, config: Config, layer: int, expert: int) -> dict[str, str]:
         """See `ModelFamily.expert_names`."""
@@ -70,8 +71,9 @@ class TilelliModule(ModelFamily):
         number = layer // len(block_dims(config).pathways)
         return self._block(config, number)
 
+    @abstractmethod
     def _block(self, config: Config, number: int) -> Block:
-        raise NotImplementedError
+        """The block with that number, in the names of the module's tensors."""
 
 
 class TilelliBlock(TilelliModule):
