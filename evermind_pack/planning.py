@@ -56,7 +56,9 @@ _OF_RUNNING = (
 class Subject:
     """A model to forecast for. `extents` are its shards, where they lie on a disk here.
 
-    `unless` is why `load` leaves its pooled programs alone unless they are asked for, if so.
+    `checkpoint_bytes` is what a model that is no package yet takes as a checkpoint, and
+    `weights_here` what lies of that beside its config, `None` for a model on a hub. `unless` is
+    why `load` leaves its pooled programs alone unless they are asked for, if so.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Subject:
     manifest: Manifest | None = None
     profile: Profile | None = None
     checkpoint_bytes: int | None = None
+    weights_here: int | None = None
     notes: tuple[str, ...] = ()
     unless: str | None = None
 
@@ -114,7 +117,7 @@ def open_subject(
 
             config = fetch_config(location, revision)
             found = _config_subject(config, dtype, trunk, context)
-            yield replace(found, name=location, folder=Path.cwd())
+            yield replace(found, name=location, folder=Path.cwd(), weights_here=None)
             return
         if revision is not None:
             raise InputError(
@@ -180,6 +183,7 @@ def _config_subject(
         sizes=counted.sizes,
         folder=path.resolve().parent,
         checkpoint_bytes=counted.checkpoint_bytes,
+        weights_here=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")),
         notes=(
             f"weights {how}, the state of a sequence of {counted.context:,} tokens",
             *counted.notes,

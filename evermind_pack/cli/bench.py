@@ -40,6 +40,7 @@ from .plots import check_pictures, plot_speeds
 from .run import token_ids
 from .targets import check_targets
 from .terminal import (
+    counted,
     human_bytes,
     number,
     positive_int,
@@ -391,9 +392,9 @@ def _off(share: float) -> str:
 
 def _remarks(facts: dict[str, Any], routing: str) -> list[str]:
     lines = [
-        f"medians of {facts['rounds']} rounds of {facts['max_new']} {facts['unit']} after "
-        f"{facts['prompt_tokens']}, each in a fresh process, "
-        f"{facts['threads']} threads computing; first token: nothing paged in yet; "
+        f"medians of {counted(facts['rounds'], 'round')} of {facts['max_new']} {facts['unit']} "
+        f"after {facts['prompt_tokens']}, each in a fresh process, "
+        f"{counted(facts['threads'], 'thread')} computing; first token: nothing paged in yet; "
         "beyond: memory beside experts and resident part",
         f"forecast: made beforehand, {routing}, by the formula of `plan`; off, and in brackets: "
         "how far outside it what was measured lies",

@@ -14,7 +14,7 @@ from evermind_runtime.stores.disk_cache import DiskCache
 from evermind_runtime.stores.options import default_cache_bytes, default_cache_folder
 from evermind_runtime.stores.records import Records
 
-from .terminal import human_bytes, print_json, print_table, progress
+from .terminal import counted, human_bytes, print_json, print_table, progress
 
 EXAMPLES = """\
   evermind-pack cache ls
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print_table(
             {
-                "removed": f"{human_bytes(freed.bytes)} in {freed.entries} files",
-                "left": f"{human_bytes(left)} in {len(entries)} files",
+                "removed": f"{human_bytes(freed.bytes)} in {counted(freed.entries, 'file')}",
+                "left": f"{human_bytes(left)} in {counted(len(entries), 'file')}",
             }
         )
     return 0
@@ -142,15 +142,11 @@ def _verify(cache: DiskCache, args: argparse.Namespace) -> int:
     if args.json:
         print_json({"sound": count, "damaged": damaged})
     elif damaged or not args.quiet:
-        rows = {"sound": f"{count:,} objects"}
+        rows = {"sound": counted(count, "object")}
         rows["damaged"] = ", ".join(damaged) + " (removed)" if damaged else "none"
         print_table(rows)
     return 3 if damaged else 0
 
 
 def _limit(cache: DiskCache, text: str | None) -> int:
-    if text is None:
-        return cache.limit
-    if "%" in text:
-        raise InputError(f"--max-size: expected a size like 5GiB, found {text!r}")
-    return parse_size(text, 0)
+    return cache.limit if text is None else parse_size(text, None, "--max-size")

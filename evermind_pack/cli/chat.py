@@ -15,7 +15,7 @@ from evermind_runtime import Chat, Model
 
 from .generated import Generated, follow, interruptible
 from .options import SAMPLING
-from .terminal import remark
+from .terminal import counted, remark
 
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 
@@ -133,8 +133,8 @@ def _converse(answers: Chat, talk: Conversation, args: argparse.Namespace) -> No
         print()
         talk.messages.append({"role": "assistant", "content": generated.text})
         remark(
-            f"[{len(generated.tokens)} tokens, {generated.speed()}; {answers.reused_tokens:,} of "
-            f"{answers.prompt_tokens:,} prompt tokens had been read]",
+            f"[{counted(len(generated.tokens), 'token')}, {generated.speed()}; "
+            f"{answers.reused_tokens:,} of {answers.prompt_tokens:,} prompt tokens had been read]",
             quiet=args.quiet,
         )
 

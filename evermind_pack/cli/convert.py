@@ -18,7 +18,7 @@ from evermind_manifests.errors import (
 from evermind_manifests.package import Package, open_package
 
 from .targets import check_targets
-from .terminal import human_bytes, print_json, print_table, progress
+from .terminal import counted, human_bytes, print_json, print_table, progress
 
 EXAMPLES = """\
   evermind-pack convert shakespeare/ -o shakespeare.evermind --to evermind
@@ -144,6 +144,7 @@ def _restore(args: argparse.Namespace, package: Package) -> None:
     with progress("writing tensors", quiet=args.quiet or args.json, unit="bytes") as advance:
         done = restore_checkpoint(package, args.output, lossy=args.lossy, progress=advance)
     size = sum(one.bytes for one in done.files.values())
+    files = counted(len(done.files), "file")
     if args.json:
         print_json(
             {
@@ -165,7 +166,7 @@ def _restore(args: argparse.Namespace, package: Package) -> None:
         told = f"of which {len(done.rounded):,} are as the import rounded them"
     print_table(
         {
-            "written": f"{args.output}  ({human_bytes(size)} in {len(done.files)} files)",
+            "written": f"{args.output}  ({human_bytes(size)} in {files})",
             "family": package.manifest.family,
             "tensors": f"{done.tensors:,}, {told}",
         }

@@ -9,7 +9,7 @@ from evermind_runtime.openers import open_location
 from evermind_runtime.transfer.diff import Difference, diff_manifests
 
 from .remote import add_remote_arguments, remote_options
-from .terminal import human_bytes, print_json, print_table
+from .terminal import counted, human_bytes, print_json, print_table
 
 EXAMPLES = """\
   evermind-pack diff shakespeare-v1/ shakespeare-v2/
@@ -56,7 +56,7 @@ def _rows(found: Difference) -> dict[str, str]:
         rows["experts"] = _list([f"layer {layer} expert {one}" for layer, one in found.experts])
     rows["to fetch"] = (
         f"{human_bytes(found.fetch_bytes)} of {human_bytes(found.total_bytes)}, "
-        f"{found.fetch_blobs} blobs in {found.fetch_requests} requests"
+        f"{counted(found.fetch_blobs, 'blob')} in {counted(found.fetch_requests, 'request')}"
     )
     return rows
 

@@ -11,7 +11,7 @@ from evermind_manifests.errors import InputError, MissingExtraError
 from evermind_manifests.manifest import Card
 
 from .options import add_card, add_layout, add_output
-from .terminal import human_bytes, print_json, print_table, progress, remark
+from .terminal import counted, human_bytes, print_json, print_table, progress, remark
 
 EXAMPLES = """\
   evermind-pack export runs/shakespeare -o shakespeare/
@@ -144,7 +144,7 @@ def print_result(
         {
             "package": f"{args.output}  ({human_bytes(size)})",
             "family": manifest.family,
-            "experts": f"{len(manifest.shards)} shards, {human_bytes(experts)}",
+            "experts": f"{counted(len(manifest.shards), 'shard')}, {human_bytes(experts)}",
             **(rows or {}),
             "digest": digest,
         }

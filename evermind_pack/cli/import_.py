@@ -16,7 +16,7 @@ from evermind_manifests.staging import Staging
 
 from .export import check_text, print_result
 from .options import add_card, add_layout, add_output, add_revision, add_stored_as
-from .terminal import Progress, human_bytes, remark, seconds, stages
+from .terminal import Progress, counted, human_bytes, remark, seconds, stages
 
 if TYPE_CHECKING:
     from evermind_exporters.huggingface.import_ import HalfResult
@@ -154,8 +154,8 @@ def _told_what_is_left(args: argparse.Namespace) -> Iterator[None]:
 
         if left := unfinished(args.output):
             remark(
-                f"{left.shards:,} experts ({human_bytes(left.bytes)}) are kept in {left.folder}: "
-                "the same command goes on from there, --restart begins anew",
+                f"{counted(left.shards, 'expert')} ({human_bytes(left.bytes)}) are kept in "
+                f"{left.folder}: the same command goes on from there, --restart begins anew",
                 quiet=args.quiet,
             )
         raise

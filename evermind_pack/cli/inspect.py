@@ -13,7 +13,7 @@ from evermind_runtime.openers import open_location
 from evermind_runtime.sizes import state_sizes
 
 from .remote import add_remote_arguments, remote_options
-from .terminal import human_bytes, print_json, print_table, state_text
+from .terminal import counted, human_bytes, print_json, print_table, state_text
 
 EXAMPLES = """\
   evermind-pack inspect shakespeare/
@@ -107,10 +107,10 @@ def _print(summary: dict[str, Any], manifest: Manifest) -> None:
         "family": summary["family"],
         "digest": summary["digest"],
         "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} per token",
-        "package": f"{human_bytes(sizes['package'])} in {summary['files']} files",
+        "package": f"{human_bytes(sizes['package'])} in {counted(summary['files'], 'file')}",
         "resident": human_bytes(sizes["resident"]),
         "state": f"{state_text(state_sizes(manifest.plan.state.values()))}, of each sequence",
-        "experts": f"{human_bytes(sizes['experts'])} in {summary['experts']} shards",
+        "experts": f"{human_bytes(sizes['experts'])} in {counted(summary['experts'], 'shard')}",
     }
     for name, kind in summary["kinds"].items():
         tensors = ", ".join(f"{tensor} {what}" for tensor, what in kind["tensors"].items())
@@ -135,7 +135,7 @@ def _layer_groups(manifest: Manifest) -> dict[str, str]:
     """`"16 experts, top-2, kind"` → `"0-3"`: layers that are alike stand together."""
     groups: dict[str, list[int]] = {}
     for layer in manifest.layers:
-        what = f"{layer.experts} experts, top-{layer.top_k}, {layer.kind}"
+        what = f"{counted(layer.experts, 'expert')}, top-{layer.top_k}, {layer.kind}"
         groups.setdefault(what, []).append(layer.layer)
     return {
         what: str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

@@ -31,6 +31,7 @@ from evermind_pack.planning import (
 from .options import add_revision, add_stored_as, add_threads, thread_count, token_count
 from .remote import add_remote_arguments, remote_options
 from .terminal import (
+    counted,
     human_bytes,
     number,
     print_columns,
@@ -163,15 +164,15 @@ def run(args: argparse.Namespace) -> int:
 def _budgets(subject: Subject, texts: list[str] | None) -> dict[str, int | None]:
     if texts is None:
         return standard_budgets(subject.sizes)
-    return {text: parse_size(text, subject.sizes.all_expert_bytes) for text in texts}
+    return {text: parse_size(text, subject.sizes.all_expert_bytes, "--budget") for text in texts}
 
 
 def _disk_rate(text: str | None) -> float | None:
     if text is None:
         return None
-    rate = 0 if text.endswith("%") else parse_size(text, 0, "--disk-rate")
-    if rate <= 0:
-        raise InputError(f"--disk-rate: expected bytes per second, as 500MB, found {text[:80]!r}")
+    rate = parse_size(text, None, "--disk-rate")
+    if rate == 0:
+        raise InputError(f"--disk-rate: expected more than 0 bytes per second, found {text[:80]!r}")
     return float(rate)
 
 
@@ -223,6 +224,7 @@ def _as_json(
         "source": subject.source,
         "sizes": subject.sizes.to_dict(),
         "checkpoint_bytes": subject.checkpoint_bytes,
+        "weights_here": subject.weights_here,
         "package_bytes": subject.package_bytes,
         "notes": list(subject.notes),
         "machine": machine.to_dict(),
@@ -269,12 +271,13 @@ def _print(
     else:
         share = budget / max(1, subject.sizes.all_expert_bytes)
         experts = budget // slot_bytes_of(subject.sizes)
-        print(f"recommended  --budget {budget} ({share:.0%}, {experts:,} experts): {why}")
+        print(f"recommended  --budget {budget} ({share:.0%}, {counted(experts, 'expert')}): {why}")
     for note in subject.notes:
         remark(f"note: {note}", quiet=args.quiet)
     remark(
-        f"{routing.text}, policy {args.policy}; first token: of {args.prompt_tokens} tokens, "
-        "nothing paged in yet; --json has the formula and its inputs",
+        f"{routing.text}, policy {args.policy}; "
+        f"first token: of {counted(args.prompt_tokens, 'token')}, nothing paged in yet; "
+        "--json has the formula and its inputs",
         quiet=args.quiet,
     )
 
@@ -286,15 +289,19 @@ def model_rows(subject: Subject) -> dict[str, str]:
     rows = {
         "model": f"{subject.name} ({subject.family}), {sizes.total_parameters:,} parameters, "
         f"{sizes.active_parameters:,} per token",
-        "experts": f"{experts:,} in {len(sizes.layers)} layers, {human_bytes(slot_bytes_of(sizes))}"
-        f" each: {human_bytes(sizes.all_expert_bytes)}, "
+        "experts": f"{experts:,} in {counted(len(sizes.layers), 'layer')}, "
+        f"{human_bytes(slot_bytes_of(sizes))} each: {human_bytes(sizes.all_expert_bytes)}, "
         f"{human_bytes(sizes.cycle_bytes)} per token",
         "resident": human_bytes(sizes.resident_bytes),
         "state": f"{state_text(sizes.state)}; {human_bytes(sizes.state_bytes)} for "
-        f"{sizes.context:,} tokens",
+        f"{counted(sizes.context, 'token')}",
     }
     if subject.checkpoint_bytes is not None:
-        rows["checkpoint"] = f"about {human_bytes(subject.checkpoint_bytes)} to download"
+        where = "to fetch from the hub"
+        if subject.weights_here is not None:
+            lies = human_bytes(subject.weights_here) if subject.weights_here else "none"
+            where = f"of which {lies} lies in {subject.folder}"
+        rows["checkpoint"] = f"about {human_bytes(subject.checkpoint_bytes)}, {where}"
     if subject.manifest is None:
         free = shutil.disk_usage(subject.folder).free
         short = "" if free > subject.package_bytes else ": the disk is too full to import it"
@@ -317,7 +324,7 @@ def machine_rows(machine: Machine) -> dict[str, str]:
         "disk": disk,
         "page cache": rate(machine.cached_rate),
         "processor": f"{rate(machine.memory_rate)} from memory, "
-        f"{machine.matmul_rate / 1e9:,.0f} GFLOP/s, {machine.threads} threads; "
+        f"{machine.matmul_rate / 1e9:,.0f} GFLOP/s, {counted(machine.threads, 'thread')}; "
         f"sha256 {rate(machine.sha256_rate)}",
     }
     if machine.available is not None:

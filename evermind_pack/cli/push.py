@@ -8,7 +8,7 @@ from evermind_runtime.openers import open_location
 from evermind_runtime.transfer import copy_package, open_target
 
 from .remote import add_remote_arguments, remote_options
-from .terminal import human_bytes, print_json, print_table, progress
+from .terminal import counted, human_bytes, print_json, print_table, progress
 
 EXAMPLES = """\
   evermind-pack push shakespeare/ /srv/www/models/shakespeare/
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         print_table(
             {
-                "sent": f"{copied.sent} files, {human_bytes(copied.sent_bytes)}",
-                "there already": f"{copied.kept} files",
+                "sent": f"{counted(copied.sent, 'file')}, {human_bytes(copied.sent_bytes)}",
+                "there already": counted(copied.kept, "file"),
                 "to": target.location,
                 "digest": digest,
             }

@@ -96,6 +96,11 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 thread`, `1,234 threads`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def human_bytes(count: int) -> str:
     """`12,345 bytes` up to a few KiB, then `1.5 MiB`."""
     if count < 10 * 1024:

@@ -20,7 +20,7 @@ from .plots import check_pictures, plot_heatmap, plot_hit_rates
 from .remote import add_remote_arguments, remote_options
 from .run import token_ids
 from .targets import check_targets, write_file
-from .terminal import human_bytes, print_json, print_table, progress, remark
+from .terminal import counted, human_bytes, print_json, print_table, progress, remark
 
 EXAMPLES = """\
   evermind-pack trace demo/package --prompt "def " --max-new 256 -o trace.jsonl
@@ -125,7 +125,8 @@ def _record(args: argparse.Namespace) -> None:
         print_json(result)
     else:
         remark(
-            f"{args.output}: {trace.tokens:,} tokens through {len(trace.layers)} layers, "
+            f"{args.output}: {counted(trace.tokens, 'token')} through "
+            f"{counted(len(trace.layers), 'layer')}, "
             f"{human_bytes(args.output.stat().st_size)}",
             quiet=args.quiet,
         )
@@ -172,8 +173,9 @@ def _replay(args: argparse.Namespace) -> None:
     )
     cycle = cycle_bytes(trace.layers) / all_bytes(trace.layers)
     remark(
-        f"{trace.tokens:,} tokens, {len(trace.layers)} layers; one token's cycle is {cycle:.1%} of "
-        "all experts; `pinned` knows this trace's own heat, `belady` its future",
+        f"{counted(trace.tokens, 'token')}, {counted(len(trace.layers), 'layer')}; "
+        f"one token's cycle is {cycle:.1%} of all experts; "
+        "`pinned` knows this trace's own heat, `belady` its future",
         quiet=args.quiet,
     )
 
@@ -200,7 +202,7 @@ def _budgets(trace: Trace, text: str) -> dict[str, int]:
                 f"--budgets: {size}: the trace does not say how large its experts are",
                 hint="Give a share, like 25%, or the model with --package PKG.",
             )
-    return {size: parse_size(size, total) for size in sizes}
+    return {size: parse_size(size, total, "--budgets") for size in sizes}
 
 
 def _table(trace: Trace, budgets: list[int], quiet: bool) -> list[Replay]:
@@ -235,7 +237,7 @@ def _draw_hit_rates(trace: Trace, path: Path, name: str, quiet: bool) -> None:
     for one in _table(trace, budgets, quiet):
         curves[one.policy].append((one.budget / total, one.hit_rate))
     plot_hit_rates(
-        path, f"Hit rate by policy: {name}, {trace.tokens:,} tokens", curves, cycle / total
+        path, f"Hit rate by policy: {name}, {counted(trace.tokens, 'token')}", curves, cycle / total
     )
 
 
@@ -247,7 +249,7 @@ def _draw_heatmap(trace: Trace, path: Path, name: str) -> None:
         shares.append([uses / routed for uses in heat.uses])
     plot_heatmap(
         path,
-        f"Expert usage: {name}, {trace.tokens:,} tokens",
+        f"Expert usage: {name}, {counted(trace.tokens, 'token')}",
         [layer.layer for layer in trace.layers],
         shares,
     )

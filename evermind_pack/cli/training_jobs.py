@@ -40,7 +40,7 @@ from ..training.presets import LanguagePreset, atome_bytes, python_demo, synapse
 from ..training.run_folder import AnyTrainer, clear_start
 from ..training.run_lock import run_lock
 from .arrays import read_arrays
-from .terminal import remark
+from .terminal import counted, remark
 from .training_progress import training_progress
 
 _STEPS = 400
@@ -196,7 +196,7 @@ def _corpus(source: Mapping[str, Any], quiet: bool) -> Corpus:
     documents = read_documents(paths, **limits)
     corpus = build_corpus(documents, vocab_size=source["vocab_size"])
     remark(
-        f"corpus: {len(documents):,} files, {len(corpus.train):,} tokens, "
+        f"corpus: {counted(len(documents), 'file')}, {len(corpus.train):,} tokens, "
         f"vocabulary {corpus.vocab_size:,}",
         quiet=quiet,
     )

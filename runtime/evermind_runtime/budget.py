@@ -35,16 +35,20 @@ def parse_budget(text: str | int, manifest: Manifest) -> int:
     return parse_size(text, total_expert_bytes(manifest))
 
 
-def parse_size(text: object, total: int, field: str = "budget") -> int:
-    """The same where all experts take `total` bytes. Raises `BudgetError`, naming `field`."""
+def parse_size(text: object, total: int | None, field: str = "budget") -> int:
+    """The same where shares are of `total` bytes; `None` where there is nothing to share.
+
+    Raises `BudgetError`, naming `field`.
+    """
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "?")
-    units = {**_UNITS, "%": total / 100}
+    units: dict[str, float] = {**_UNITS}
+    expected = "bytes, or a size like '256MiB' or '2GB'"
+    if total is not None:
+        units["%"] = total / 100
+        expected = "bytes, a size like '256MiB' or '2GB', or a share like '25%'"
     if unit not in units or number > _MOST:
-        raise BudgetError(
-            f"{field}: expected bytes, a size like '256MiB' or '2GB', or a share like '25%', "
-            f"found {str(text)[:80]!r}"
-        )
+        raise BudgetError(f"{field}: expected {expected}, found {str(text)[:80]!r}")
     return int(number * units[unit])
 
 

@@ -120,7 +120,7 @@ def test_a_model_without_experts_has_one_row(tmp_path: Path, capsys: Any) -> Non
     assert code == 0
     assert "no experts" in out
     assert "rows/s" in out
-    assert "medians of 1 rounds of 3 rows" in err
+    assert "medians of 1 round of 3 rows" in err
     code, out, _ = call(
         capsys,
         *("bench", mood, "--budgets", "100%,50%,100%", "--rounds", 1, "--max-new", 2, "--json"),

@@ -155,6 +155,19 @@ def test_a_config_alone_is_enough(
     assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
+def test_what_lies_here_of_a_checkpoint_is_said(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evermind_pack.planning.measure_machine", lambda *_, **__: MACHINE)
+    config = {**next(iter(COUNTS.values()))["config"], "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"of which none lies in {tmp_path}" in call(capsys, "plan", tmp_path)[1]
+    for shard in range(2):
+        (tmp_path / f"model-{shard}.safetensors").write_bytes(bytes(10 * 1024))
+    assert f"of which 20.0 KiB lies in {tmp_path}" in call(capsys, "plan", tmp_path)[1]
+    assert plan(capsys, tmp_path)["weights_here"] == 20 * 1024
+
+
 def test_a_table_for_people(package: Path, capsys: Any) -> None:
     code, out, err = call(capsys, "plan", package, "--budget", "9KiB", "--budget", "25%")
     assert code == 0
@@ -183,10 +196,10 @@ def test_a_budget_too_small_has_neither_plan_nor_speed(package: Path, capsys: An
     ("arguments", "message"),
     [
         (["PKG", "--dtype", "f16"], "no meaning for a package"),
-        (["PKG", "--budget", "lots"], "budget: expected bytes"),
+        (["PKG", "--budget", "lots"], "--budget: expected bytes"),
         (["PKG", "--memory", "lots"], "--memory: expected bytes"),
-        (["PKG", "--disk-rate", "10%"], "--disk-rate: expected bytes per second"),
-        (["PKG", "--disk-rate", "0"], "--disk-rate: expected bytes per second"),
+        (["PKG", "--disk-rate", "10%"], "--disk-rate: expected bytes, or a size"),
+        (["PKG", "--disk-rate", "0"], "--disk-rate: expected more than 0 bytes"),
         (["PKG", "--trace", "t", "--profile", "p"], "either --trace or --profile"),
         (["PKG", "--threads", "100000"], "threads: expected 1 to "),
         (["PKG", "--threads", "0"], "threads: expected 1 to "),

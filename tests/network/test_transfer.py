@@ -370,6 +370,7 @@ def test_commands_take_urls(
         ["pull", versions / "v1"],
         ["push", versions / "v1", server.url + "x.zip"],
         ["cache", "ls", "--max-size", "1GB"],
+        ["cache", "gc", "--max-size", "10%"],
         ["serve", versions / "v1", "--mount", "nothing"],
     ):
         code, out, err = call(capsys, *mistake)

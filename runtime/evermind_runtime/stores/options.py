@@ -37,11 +37,9 @@ def default_cache_bytes() -> int:
     if not text:
         return _DEFAULT_CACHE_BYTES
     try:
-        if "%" not in text:
-            return parse_size(text, 0)
-    except BudgetError:
-        pass
-    raise InputError(f"{CACHE_SIZE_VARIABLE}: expected a size like 50GiB, found {text[:80]!r}")
+        return parse_size(text, None, CACHE_SIZE_VARIABLE)
+    except BudgetError as error:
+        raise InputError(error.message) from None
 
 
 def offline_wanted() -> bool:
