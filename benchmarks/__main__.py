@@ -2,8 +2,8 @@
 
     python -m benchmarks [NAME …] [--quick] [--json FILE]
 
-About a quarter of an hour on a quiet machine with 2 cores; two minutes are the npm peer's, six
-those of `huggingface`. `--quick` runs each for seconds to see that it works, and writes nothing.
+About twenty minutes on a quiet machine with 2 cores; two minutes are the npm peer's, six those of
+`huggingface`. `--quick` runs each for seconds to see that it works, and writes nothing.
 Memory limits are enforced where `memory_limit.py` is told how.
 """
 
@@ -25,6 +25,7 @@ from .cores import round_trip_ns
 NAMES = (
     "language_model",
     "large_experts",
+    "limited",
     "prefill",
     "half_precision",
     "policies",

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -153,6 +153,26 @@ def resident_bytes() -> int:
     return _status("VmRSS:")
 
 
+def own_bytes(process: int | str = "self") -> int:
+    """The memory a process holds now that is no file's (RssAnon): it cannot be evicted."""
+    return _status("RssAnon:", process)
+
+
+def reserved_bytes() -> int:
+    """What this process could write to without asking, used or not (VmData)."""
+    return _status("VmData:")
+
+
+def drop_cached(paths: Sequence[Path]) -> bool:
+    """Have the page cache forget these files; whether it did, but for a tenth at most."""
+    from evermind_runtime.machine import page_cache
+
+    for path in paths:
+        with path.open("rb") as file:
+            page_cache.drop(file.fileno(), 0, path.stat().st_size)
+    return cached_bytes(paths) <= sum(path.stat().st_size for path in paths) // 10
+
+
 def cached_bytes(paths: Iterable[Path]) -> int:
     """What the page cache has of these files."""
     from evermind_runtime.machine import page_cache
@@ -259,6 +279,6 @@ def _module(function: Callable[..., Any]) -> str:
     return spec.name
 
 
-def _status(field_name: str) -> int:
-    words = Path("/proc/self/status").read_text().split()
+def _status(field_name: str, process: int | str = "self") -> int:
+    words = Path(f"/proc/{process}/status").read_text().split()
     return int(words[words.index(field_name) + 1]) * 1024

@@ -63,7 +63,7 @@ def decode_all(
 
     The runtime generates, sampling at temperature 1; the others decode the tokens it chose.
     """
-    from .sides import CompiledModel, DenseGraph, NumpyModel
+    from .sides import CompiledModel, DenseGraph, NumpyModel, compile_bound, dense_model
 
     warnings.simplefilter("ignore", em.PagingWarning)
     tensors = dict(np.load(Path(folder) / "tensors.npz"))
@@ -72,11 +72,14 @@ def decode_all(
         for dtype in ("f32", "f16")
         for way, options in WAYS.items()
     }
-    compiled = {"C, fp32": CompiledModel(config, tensors, Path(folder))} if which("cc") else {}
+    compiled = {}
+    if which("cc"):
+        compiled["C, fp32"] = CompiledModel(config, tensors, compile_bound(Path(folder)))
+    dense = dense_model(config, tensors).SerializeToString()
     others = {
         **compiled,
         "numpy, fp32": NumpyModel(config, tensors),
-        "dense ONNX graph of all experts": DenseGraph(config, tensors, threads),
+        "dense ONNX graph of all experts": DenseGraph(config, dense, threads),
     }
     whole = models["evermind-pack f32, 100%"]
 

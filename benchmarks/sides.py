@@ -59,13 +59,18 @@ class NumpyModel:
         return self._embedding @ x
 
 
-class CompiledModel:
-    """`c_bound.c`, compiled here for this processor; one thread."""
+def compile_bound(folder: Path) -> Path:
+    """`c_bound.c` as a library in `folder`, compiled for this processor."""
+    source, library = Path(__file__).with_name("c_bound.c"), folder / "c_bound.so"
+    command = ["cc", "-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", "-lm"]
+    subprocess.run([*command, str(source), "-lm", "-o", str(library)], check=True)
+    return library
 
-    def __init__(self, config: Config, tensors: Mapping[str, Array], folder: Path) -> None:
-        source, library = Path(__file__).with_name("c_bound.c"), folder / "c_bound.so"
-        command = ["cc", "-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", "-lm"]
-        subprocess.run([*command, str(source), "-lm", "-o", str(library)], check=True)
+
+class CompiledModel:
+    """The library that `compile_bound` made; one thread."""
+
+    def __init__(self, config: Config, tensors: Mapping[str, Array], library: Path) -> None:
         self._function = ctypes.CDLL(str(library)).decode
         self._function.restype = ctypes.c_long
         names = canonical_shapes("evermind-lm", config)
@@ -89,11 +94,18 @@ class DenseGraph:
     What exporting such a model by tracing gives; the state is carried through the graph.
     """
 
-    def __init__(self, config: Config, tensors: Mapping[str, Array], threads: int) -> None:
+    def __init__(
+        self, config: Config, model: bytes | Path, threads: int, *, packed: bool = True
+    ) -> None:
+        """`model` is `dense_model`'s, or a file of it; `packed` lets ONNX Runtime repack weights.
+
+        What is repacked is a copy. Otherwise weights in a file beside the model's are mapped.
+        """
         onnx_runtime.start(threads)
-        self._session = ort.InferenceSession(
-            _dense_graph(config, tensors), onnx_runtime.session_options()
-        )
+        options = onnx_runtime.session_options()
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        self._session = ort.InferenceSession(model, options)
         shape = (config["convKernel"] - 1, config["dModel"])
         self._state = {
             f"conv.{at}": np.zeros(shape, np.float32) for at in range(config["numLayers"])
@@ -119,7 +131,8 @@ def _ffn(layer: Mapping[str, Array], prefix: str, n: Array) -> Array:
     return layer[prefix + "w2"] @ up + layer[prefix + "b2"]
 
 
-def _dense_graph(config: Config, tensors: Mapping[str, Array]) -> bytes:
+def dense_model(config: Config, tensors: Mapping[str, Array]) -> onnx.ModelProto:
+    """The graph that `DenseGraph` runs, with its weights."""
     b = GraphBuilder("dense")
     width, experts = config["dModel"], config["numExperts"]
     window = config["convKernel"] - 1
@@ -174,7 +187,7 @@ def _dense_graph(config: Config, tensors: Mapping[str, Array]) -> bytes:
     model.graph.initializer.extend(
         onnx.numpy_helper.from_array(array, name) for name, array in weights.items()
     )
-    return bytes(model.SerializeToString())
+    return model
 
 
 def _norm_op(b: GraphBuilder, x: str, gain: str) -> str:

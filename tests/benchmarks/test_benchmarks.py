@@ -10,13 +10,16 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from evermind_exporters.checkpoints import Checkpoint, write_evl0
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.__main__ import NAMES, NOTEBOOK, with_block
 from benchmarks.balloon import Balloon, excess
 from benchmarks.common import MIB, as_markdown, as_text, fresh, report_of
+from benchmarks.limited import Comparison, Found, Way
 from benchmarks.memory_limit import held
+from benchmarks.models import language_model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,6 +63,26 @@ def test_a_cgroup_is_bounded_and_joined(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_process_joins_before_it_does_anything(tmp_path: Path) -> None:
     seen: list[int] = []
     assert fresh(os.getpid, begun=seen.append) == seen[0]
+
+
+def test_a_side_without_memory_is_told_from_one_that_fails(tmp_path: Path) -> None:
+    source = language_model(width=512, layers=1, experts=16, top_k=2, hidden=1024)
+    file = tmp_path / "model.evl0"
+    file.write_bytes(write_evl0(Checkpoint("evermind-lm", source.config, dict(source.tensors))))
+    assert file.stat().st_size > 64 * MIB
+    way = Way("numpy", "Numpy", {"file": str(file), "mapped": False}, own=True)
+    comparison = Comparison([way], tmp_path, source.config["vocabSize"], tokens=1)
+    comparison.without_limit(1)
+    found = comparison.found["numpy"]
+    assert isinstance(found, Found)
+    assert found.own > 64 * MIB
+    comparison.refuse(64 * MIB)
+    assert found.refused
+    comparison.refuse(512 * MIB)
+    assert not found.refused
+    file.unlink()
+    with pytest.raises(RuntimeError, match="LocationError"):
+        comparison.refuse(64 * MIB)
 
 
 @given(

@@ -1,6 +1,7 @@
 // The peer, driven by the tests: one JSON request a line in, one JSON answer a line out.
 // Bytes travel as base64. An error of the peer's becomes {"error": text}.
 
+import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
 import {
   BPETokenizer,
@@ -76,6 +77,9 @@ function packageOf(family, model, meta, media) {
     : EvermindModelPackage.fromModel(model, meta);
 }
 
+// The model that `hold` loaded.
+let held;
+
 const OPERATIONS = {
   // A bare checkpoint we wrote: load it, run it, write it again.
   load({ family, config, checkpoint, fp16, inputs }) {
@@ -95,6 +99,19 @@ const OPERATIONS = {
     const started = performance.now();
     const made = model.generate(tokens, { maxNewTokens: steps, temperature, seed });
     return { logits, tokens: made, milliseconds: performance.now() - started };
+  },
+
+  // The same without text in between, for large models: load a file, and keep it for `decode`.
+  hold({ config, file }) {
+    held = new EvermindLM(config);
+    const data = readFileSync(file);
+    held.loadWeights(data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength));
+    return {};
+  },
+
+  // Logits after each token, with the whole context computed again, as `generate` does.
+  decode({ tokens }) {
+    return { logits: floats(tokens.map((_, at) => held.forward(tokens.slice(0, at + 1)).logits[at])) };
   },
 
   // An .evermind file we wrote: parse, validate, load, run, write it again.

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,17 +25,22 @@ def missing() -> str | None:
 
 
 class Peer:
-    """A running node process; use it in a `with`."""
+    """A running node process; use it in a `with`.
 
-    def __init__(self) -> None:
+    What it says on its error stream goes to `errors`, if given; `process` is its id.
+    """
+
+    def __init__(self, errors: IO[bytes] | None = None) -> None:
         self._process = subprocess.Popen(
             ["node", "peer.mjs"],
             cwd=FOLDER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
             encoding="utf-8",
         )
+        self.process = self._process.pid
 
     def __call__(self, op: str, **request: Any) -> dict[str, Any]:
         """The answer to one request; bytes in it are sent as base64."""
@@ -47,7 +52,9 @@ class Peer:
         }
         self._process.stdin.write(json.dumps({"op": op, **encoded}) + "\n")
         self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, f"{op}: the peer ended with exit code {self._process.wait()}"
+        answer: dict[str, Any] = json.loads(line)
         assert "error" not in answer, f"{op}: {answer['error']}"
         return answer
 
