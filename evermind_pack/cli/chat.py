@@ -15,7 +15,7 @@ from evermind_runtime import Chat, Model
 
 from .generated import Generated, follow, interruptible
 from .options import SAMPLING
-from .terminal import counted, remark
+from .terminal import remark
 
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 
@@ -113,6 +113,7 @@ def _converse(answers: Chat, talk: Conversation, args: argparse.Namespace) -> No
     if person:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives `input` its line editing
+        remark("[Ctrl-C ends an answer, Ctrl-D the conversation]", quiet=args.quiet)
     while (text := _ask(person)) is not None:
         if not text.strip():
             continue
@@ -133,8 +134,8 @@ def _converse(answers: Chat, talk: Conversation, args: argparse.Namespace) -> No
         print()
         talk.messages.append({"role": "assistant", "content": generated.text})
         remark(
-            f"[{counted(len(generated.tokens), 'token')}, {generated.speed()}; "
-            f"{answers.reused_tokens:,} of {answers.prompt_tokens:,} prompt tokens had been read]",
+            f"[{generated.ended()}; {generated.speed()}; {answers.reused_tokens:,} of "
+            f"{answers.prompt_tokens:,} prompt tokens had been read]",
             quiet=args.quiet,
         )
 

@@ -11,6 +11,15 @@ from types import FrameType
 from typing import Any
 
 from evermind_runtime import Piece
+from evermind_runtime.generation import Finish
+
+from .terminal import counted
+
+_ENDINGS: dict[Finish, str] = {
+    "stop": "the last of them a stop token",
+    "length": "as many as asked for (--max-new)",
+    "context": "which fill the model's context",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +30,15 @@ class Generated:
     text: str
     tokens_per_second: float
     ttft_ms: float
+    #: Why there are no more tokens; None where it was broken off.
+    finish: Finish | None
 
     def figures(self) -> dict[str, Any]:
         """The fields of `--json`."""
         return {
             "tokens": self.tokens,
             "text": self.text,
+            "finish": self.finish,
             "tokens_per_second": self.tokens_per_second,
             "ttft_ms": self.ttft_ms,
         }
@@ -34,6 +46,11 @@ class Generated:
     def speed(self) -> str:
         """The figures in a line."""
         return f"{self.tokens_per_second:,.1f} tokens/s, first after {self.ttft_ms:.1f} ms"
+
+    def ended(self) -> str:
+        """How many tokens there are, and why no more."""
+        why = "broken off" if self.finish is None else _ENDINGS[self.finish]
+        return f"{counted(len(self.tokens), 'token')}, {why}"
 
 
 def follow(
@@ -44,19 +61,21 @@ def follow(
     """Read all pieces, or those until `stopped`; print what `show` gives of each, if it is set."""
     tokens: list[int] = []
     texts: list[str] = []
+    finish: Finish | None = "length"  # where none is asked for
     first = started = time.perf_counter()
     for piece in pieces:
         if not tokens:
             first = time.perf_counter()
         tokens.append(piece.token)
         texts.append(piece.text)
+        finish = piece.finish
         if show:
             print(show(piece), end="", flush=True)
         if stopped():
             break
     ended = time.perf_counter()
     speed = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0
-    return Generated(tokens, "".join(texts), speed, (first - started) * 1000)
+    return Generated(tokens, "".join(texts), speed, (first - started) * 1000, finish)
 
 
 @contextmanager

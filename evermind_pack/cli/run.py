@@ -109,7 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_chat_arguments(parser)
     text = parser.add_argument_group("generation (--prompt, --tokens, --chat)")
-    text.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
+    text.add_argument(
+        "--max-new",
+        metavar="N",
+        type=int,
+        help="tokens to generate at most (default: what the "
+        "package says, else 64; for an answer of --chat 1024)",
+    )
     add_sampling(text)
     text.add_argument(
         "--stop-token", metavar="ID", type=int, action="append", help="ends the text; repeatable"
@@ -256,7 +262,8 @@ def _report(
     print()
     if not args.quiet:
         sys.stdout.flush()
-        for name, value in ({"speed": generated.speed()} | _counter_rows(model)).items():
+        rows = {"made": generated.ended(), "speed": generated.speed()}
+        for name, value in (rows | _counter_rows(model)).items():
             remark(f"{name:<14}{value}")
     if args.introspect:
         print_introspection(model.introspect())

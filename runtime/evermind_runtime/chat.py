@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from evermind_manifests.errors import InputError, TemplateError
+from evermind_manifests.manifest import Generation
 from evermind_manifests.package import Package
 
 from .generation import Piece, generate
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 Message: TypeAlias = Mapping[str, Any]
 
 MAX_TEMPLATE_BYTES = 1 << 20
+# An answer ends by itself; as many tokens as a text gets by default would cut most off.
+_ANSWER_TOKENS = 1024
 # The names under which messages carry reasoning, the one that templates read first
 # (transformers' chat_template_utils).
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -133,10 +136,11 @@ class Chat:
     ) -> Iterator[Piece]:
         """What the model says next, piece by piece as tokens are made.
 
-        As `Model.generate`, except that the text of a stop token is not shown, and that the
-        repetition penalty counts the whole conversation. `tools`, `template` and `variables` as
-        in `Model.render`, whose errors it raises too. A loop that is left early leaves the
-        conversation as far as it came.
+        As `Model.generate`, except that the text of a stop token is not shown, that the
+        repetition penalty counts the whole conversation, and that an answer has at most 1,024
+        tokens where neither `max_new_tokens` nor the package says how many. `tools`, `template`
+        and `variables` as in `Model.render`, whose errors it raises too. A loop that is left early
+        leaves the conversation as far as it came.
         """
         model = self._model
         variables = variables or {}
@@ -152,7 +156,7 @@ class Chat:
         pieces = generate(
             model,
             ids[begin:],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._most() if max_new_tokens is None else max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
             stop_tokens=stop_tokens,
             state=state,
@@ -162,6 +166,10 @@ class Chat:
         self._last = pieces
         self.prompt_tokens, self.reused_tokens = len(ids), begin
         return self._follow(pieces, state, ids)
+
+    def _most(self) -> int:
+        said = (self._model.manifest.generation or Generation()).max_new_tokens
+        return _ANSWER_TOKENS if said == Generation().max_new_tokens else said
 
     def _resume(self, ids: list[int]) -> tuple[State, int]:
         """A state that holds a beginning of `ids`, and how long that is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from evermind_manifests.errors import InputError
@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from .model import Model
 
 
+#: Why a text ends: a stop token, as many tokens as were asked for, or a context that is full.
+Finish: TypeAlias = Literal["stop", "length", "context"]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One generated token, and the text it completes (none while a character is split)."""
+    """One generated token, and the text it completes (none while a character is split).
+
+    `finish` says of the last piece why there are no more.
+    """
 
     token: int
     text: str
+    finish: Finish | None = None
 
 
 def generate(
@@ -66,7 +74,23 @@ def generate(
     sampler.see([*before, *ids])
     stops = frozenset(defaults.stop_tokens if stop_tokens is None else stop_tokens)
     hidden = frozenset() if show_stop else stops
-    return _loop(model, ids, limit, sampler, stops, hidden, state or model.new_state())
+    state = state or model.new_state()
+    if limit:
+        _check_room(len(ids), state)
+    return _loop(model, ids, limit, sampler, stops, hidden, state)
+
+
+def _check_room(tokens: int, state: State) -> None:
+    """Raise `InputError` for a prompt that the model's context cannot take, before it is run."""
+    room = state.room
+    if room is None or max(1, tokens) <= room:
+        return
+    more = "" if state.fresh else " more"
+    raise InputError(
+        f"prompt: expected at most {room:,}{more} tokens, which fill the model's context, found "
+        f"{tokens:,}",
+        hint="Shorten it, or begin anew with fewer earlier tokens.",
+    )
 
 
 def _encode(model: Model, prompt: str | Sequence[int], begins: bool) -> list[int]:
@@ -97,19 +121,26 @@ def _loop(
     # (specs/evermind-formats.md, section 8.4).
     forget = None if prompt else state.mark()
     pending = prompt or [0]
+    # The last token that is made is never run.
+    room = state.room
+    most = limit if room is None else min(limit, room - len(prompt) + 1)
     if limit and len(pending) > 1:
         model.forward({"tokens": pending[:-1]}, state=state, outputs=[])
     token = np.array([pending[-1]], dtype=np.int64)
     inputs = {"tokens": token}
-    for made in range(1, limit + 1):
+    for made in range(1, most + 1):
         token[0] = choice = sampler.pick(model.decode(inputs, state)["logits"][-1])
         if forget is not None:
             state.rewind(forget)
             forget = None
-        last = made == limit or choice in stops
+        finish: Finish | None = None
+        if choice in stops:
+            finish = "stop"
+        elif made == most:
+            finish = "length" if most == limit else "context"
         piece = text.push(choice) if text and choice not in hidden else ""
-        if last and text:
+        if finish and text:
             piece += text.finish()
-        yield Piece(choice, piece)
-        if last:
+        yield Piece(choice, piece, finish)
+        if finish:
             return

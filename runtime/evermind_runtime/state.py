@@ -132,17 +132,26 @@ class State:
 
     def check_room(self, rows: int) -> None:
         """Raise `InputError` if so many more tokens are more than the state can take."""
-        grown = {**self.grown, **self.buffers}
         for name, spec in self._specs.items():
-            if not spec.limit:
-                continue
-            held = grown[name].count if spec.grows else int(self.sides[self.side][name][0])
-            if held + rows > spec.limit:
+            if spec.limit and (held := self._held(name, spec)) + rows > spec.limit:
                 raise InputError(
                     f"state {name!r}: expected at most {spec.limit:,} tokens in all, found "
                     f"{held:,} and {rows:,} more",
                     hint="Start a new state, with fewer of the earlier tokens.",
                 )
+
+    @property
+    def room(self) -> int | None:
+        """How many more tokens it can take; `None` where nothing limits them."""
+        limited = [(name, spec) for name, spec in self._specs.items() if spec.limit]
+        left = ((spec.limit or 0) - self._held(name, spec) for name, spec in limited)
+        return min(left, default=None)
+
+    def _held(self, name: str, spec: StateSpec) -> int:
+        """The tokens that a limited value counts."""
+        if spec.grows:
+            return (self.grown.get(name) or self.buffers[name]).count
+        return int(self.sides[self.side][name][0])
 
     def fits(self, plan: Plan, device: str) -> bool:
         """Whether this is a state of that plan (the same names, dtypes and shapes) and device."""

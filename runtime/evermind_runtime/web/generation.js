@@ -3,7 +3,7 @@
 import { InputError } from "./errors.js";
 import { Sampler } from "./sampling.js";
 
-/** An async iterator of {token, text, routes}; arguments are checked before the first token. */
+/** An async iterator of {token, text, finish, routes}; arguments are checked before the first token. */
 export function generate(model, prompt, options, state, signal) {
   const { plan, generation, family } = model.manifest;
   if (!plan.inputs.has("tokens") || !plan.outputs.has("logits"))
@@ -23,6 +23,7 @@ export function generate(model, prompt, options, state, signal) {
     throw new InputError(`prompt: expected token ids from 0 to ${vocabulary - 1}, found ${bad}`);
   sampler.see(ids);
   const stops = new Set(options.stopTokens ?? generation.stopTokens);
+  if (limit) checkRoom(ids.length, state, begins);
   return loop(model, ids, limit, sampler, stops, state, signal);
 }
 
@@ -60,15 +61,27 @@ function encode(model, prompt, special) {
   return model.codec.encode(prompt, special);
 }
 
+function checkRoom(tokens, state, begins) {
+  if (Math.max(1, tokens) <= state.room) return;
+  const more = begins ? "" : " more";
+  throw new InputError(
+    `prompt: expected at most ${state.room}${more} tokens, which fill the model's context, ` +
+      `found ${tokens}`,
+    { hint: "Shorten it, or begin anew with fewer earlier tokens." },
+  );
+}
+
 async function* loop(model, prompt, limit, sampler, stops, state, signal) {
   const text = model.codec?.stream();
   // An empty prompt starts from token 0, which does not stay as context.
   let forget = prompt.length ? null : state.save();
   const pending = prompt.length ? prompt : [0];
+  // The last token that is made is never run.
+  const most = Math.min(limit, state.room - prompt.length + 1);
   if (limit && pending.length > 1)
     await model.forward({ tokens: pending.slice(0, -1) }, { state, outputs: [], signal });
   let token = pending.at(-1);
-  for (let made = 1; made <= limit; made++) {
+  for (let made = 1; made <= most; made++) {
     const { values, routes } = await model.forward(
       { tokens: [token] },
       { state, outputs: ["logits"], signal },
@@ -77,10 +90,11 @@ async function* loop(model, prompt, limit, sampler, stops, state, signal) {
     token = sampler.pick(data.subarray(data.length - shape.at(-1)));
     if (forget) state.restore(forget);
     forget = null;
-    const last = made === limit || stops.has(token);
-    const piece = (text?.push(token) ?? "") + (last ? (text?.finish() ?? "") : "");
-    yield { token, text: piece, routes: routesOfToken(routes.at(-1)) };
-    if (last) return;
+    const full = most === limit ? "length" : "context";
+    const finish = stops.has(token) ? "stop" : made === most ? full : null;
+    const piece = (text?.push(token) ?? "") + (finish ? (text?.finish() ?? "") : "");
+    yield { token, text: piece, finish, routes: routesOfToken(routes.at(-1)) };
+    if (finish) return;
   }
 }
 

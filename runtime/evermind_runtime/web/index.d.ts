@@ -95,6 +95,8 @@ export interface GenerateOptions {
 export interface Piece {
   token: number;
   text: string;
+  /** Of the last piece, why there are no more: a stop token, as many as asked, a full context. */
+  finish: "stop" | "length" | "context" | null;
   routes: { layer: number; experts: number[]; gates: number[] }[];
 }
 

@@ -52,13 +52,25 @@ export class State {
     return board;
   }
 
+  /** How many more tokens it can take; Infinity where nothing limits them. */
+  get room() {
+    const limited = [...this.#specs].filter(([, { limit }]) => limit !== null);
+    return Math.min(...limited.map(([name, { limit }]) => limit - this.#held(name)));
+  }
+
+  /** The tokens that a value counts: its rows, or, where it does not grow, what it says. */
+  #held(name) {
+    const { shape, data } = this.#arrays.get(name);
+    const { grows, axis } = this.#specs.get(name);
+    return grows ? shape[axis] : Number(data[0]);
+  }
+
   /** Raises `InputError` if a growing value cannot take `rows` more. */
   checkRoom(rows) {
-    for (const [name, { grows, axis, limit }] of this.#specs) {
-      const { shape, data } = this.#arrays.get(name);
-      // What is limited and does not grow counts tokens.
-      const count = grows ? shape[axis] : Number(data[0]);
-      if (limit !== null && count + rows > limit)
+    for (const [name, { limit }] of this.#specs) {
+      if (limit === null) continue;
+      const count = this.#held(name);
+      if (count + rows > limit)
         throw new InputError(
           `state '${name}': expected at most ${limit} tokens in all, found ${count} and ${rows} more`,
           { hint: "Start a new state, with fewer of the earlier tokens." },
