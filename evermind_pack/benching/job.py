@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 
@@ -65,3 +67,8 @@ class Failure(Struct, frozen=True, kw_only=True):
     type: str
     message: str
     hint: str | None = None
+
+
+def to_line(value: Struct) -> bytes:
+    """One line of JSON. Not msgspec's: the bytes of a path need not be UTF-8."""
+    return json.dumps(msgspec.to_builtins(value)).encode() + b"\n"

@@ -7,6 +7,7 @@ gone, and so is this process. The answer is one line on stdout.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -27,18 +28,18 @@ from evermind_runtime.machine import drop_pages, file_extents
 from evermind_runtime.openers import open_location
 from evermind_runtime.sizes import generates
 
-from .job import Failure, Job, Round
+from .job import Failure, Job, Round, to_line
 
 
 def main() -> int:
     """Read a job, run it, write the answer."""
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    job = msgspec.convert(json.loads(sys.stdin.buffer.readline()), Job)
     threading.Thread(target=_leave_with_the_asker, daemon=True).start()
     try:
         answer: Round | Failure = run_round(job)
     except EvermindPackError as error:
         answer = Failure(type=type(error).__name__, message=error.message, hint=error.hint)
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+    sys.stdout.buffer.write(to_line(answer))
     sys.stdout.buffer.flush()
     return 0
 

@@ -5,6 +5,7 @@ falls on all of them alike.
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,9 @@ import msgspec
 from evermind_manifests import errors
 from evermind_manifests.errors import EvermindPackError
 
-from .job import Failure, Job, Round
+from .job import Failure, Job, Round, to_line
 
 _DYING_SECONDS = 10.0
-_ANSWER: msgspec.json.Decoder[dict[str, object]] = msgspec.json.Decoder(dict[str, object])
 
 
 def run_rounds(
@@ -58,7 +58,7 @@ def _run(name: str, job: Job) -> Round:
         assert process.stdin
         assert process.stdout
         try:
-            process.stdin.write(msgspec.json.encode(job) + b"\n")
+            process.stdin.write(to_line(job))
             process.stdin.flush()
             answer = process.stdout.readline()
             if not answer.endswith(b"\n"):
@@ -88,11 +88,12 @@ def _parse(name: str, answer: bytes, said: str, code: int) -> Round:
             if code < 0 or "MemoryError" in said
             else None,
         )
-    if "type" in _ANSWER.decode(answer):
-        failure = msgspec.json.decode(answer, type=Failure)
+    values = json.loads(answer)
+    if "type" in values:
+        failure = msgspec.convert(values, Failure)
         kind = getattr(errors, failure.type, EvermindPackError)
         if kind is errors.MissingExtraError:  # it makes its message itself
             kind = errors.DeviceError
         error: EvermindPackError = kind(failure.message, hint=failure.hint)
         raise error
-    return msgspec.json.decode(answer, type=Round)
+    return msgspec.convert(values, Round)

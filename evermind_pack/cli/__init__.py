@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from keyword import iskeyword
 from typing import Protocol, cast
 
@@ -56,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         return _top_level(arguments)
+    # None where the caller closed it (`>&-`): nothing is to be said there.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows its number, rather than an error.
         if isinstance(stream, io.TextIOWrapper):
@@ -77,11 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            as_json = False  # stdout is what failed
-            _drop_output()
         _report(EvermindPackError(f"the system refused: {error}"), as_json)
         return 1
 
@@ -109,6 +106,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _top_level(arguments: Sequence[str]) -> int:
+    from importlib import metadata
+
     listed = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="evermind-pack",
@@ -131,8 +130,12 @@ def _top_level(arguments: Sequence[str]) -> int:
 
 def _report(error: EvermindPackError, as_json: bool) -> None:
     kind = type(error).__name__
-    if as_json:
-        body = {"type": kind, "message": error.message, "hint": error.hint}
-        print(json.dumps({"error": body}))
-    else:
-        print(f"{kind}: {error}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+        if as_json:
+            body = {"type": kind, "message": error.message, "hint": error.hint}
+            print(json.dumps({"error": body}), flush=True)
+            return
+    except OSError:
+        _drop_output()  # stdout is what failed
+    print(f"{kind}: {error}", file=sys.stderr)

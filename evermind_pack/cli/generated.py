@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from evermind_manifests.errors import EvermindPackError
 from evermind_runtime import Piece
 from evermind_runtime.generation import Finish
 
@@ -58,21 +59,29 @@ def follow(
     show: Callable[[Piece], str] | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Generated:
-    """Read all pieces, or those until `stopped`; print what `show` gives of each, if it is set."""
+    """Read all pieces, or those until `stopped`; print what `show` gives of each, if it is set.
+
+    What breaks off ends the line that was begun.
+    """
     tokens: list[int] = []
     texts: list[str] = []
     finish: Finish | None = "length"  # where none is asked for
     first = started = time.perf_counter()
-    for piece in pieces:
-        if not tokens:
-            first = time.perf_counter()
-        tokens.append(piece.token)
-        texts.append(piece.text)
-        finish = piece.finish
+    try:
+        for piece in pieces:
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(piece.token)
+            texts.append(piece.text)
+            finish = piece.finish
+            if show:
+                print(show(piece), end="", flush=True)
+            if stopped():
+                break
+    except (EvermindPackError, KeyboardInterrupt):
         if show:
-            print(show(piece), end="", flush=True)
-        if stopped():
-            break
+            print(flush=True)
+        raise
     ended = time.perf_counter()
     speed = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0
     return Generated(tokens, "".join(texts), speed, (first - started) * 1000, finish)

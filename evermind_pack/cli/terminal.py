@@ -155,7 +155,8 @@ def let_threads_sleep() -> None:
 
 def positive_int(text: str) -> int:
     """An argument's value that counts something: 1 or more."""
-    value = int(text)
+    # More digits than any count has would only make int() refuse in its own words.
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {value}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text[:80]!r}")
     return value

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -26,6 +27,7 @@ from .errors import (
     TruncatedError,
 )
 from .location import open_location, read_head
+from .manifest import MANIFEST_NAME
 
 _MAX_OPEN_FILES = 64
 _MAX_DEPTH = 32
@@ -93,9 +95,11 @@ def open_store(location: str | os.PathLike[str]) -> Store:
         return DirectoryStore(location)
     if head == b"PK\x03\x04":
         return ZipStore(location)
+    inside = Path(location).name == MANIFEST_NAME
     raise ManifestError(
         f"{os.fspath(location)}: expected a package folder or an uncompressed zip, found a file"
-        f" that begins with {head.hex(' ') or 'nothing'}"
+        f" that begins with {head.hex(' ') or 'nothing'}",
+        hint="Give the folder that it lies in." if inside else None,
     )
 
 
@@ -272,7 +276,11 @@ def _open_at(parent: int, name: str, flags: int, path: str) -> int:
             ) from None
         if error.errno == errno.EINVAL and flags & getattr(os, "O_DIRECT", 0):
             raise
-        raise MissingFileError(f"{path}: {error.strerror}") from error
+        raise MissingFileError(
+            f"{path}: {error.strerror}",
+            hint="The package is not whole: fetch or copy it again. `evermind-pack validate` lists "
+            "all that is missing.",
+        ) from error
 
 
 def _walk(root: int, location: str) -> Iterator[str]:

@@ -62,7 +62,7 @@ def choose_plan(
             raise BudgetError(
                 f"plan: 'half' keeps all experts, which take {total:,} bytes, and the budget is "
                 f"{whole:,}",
-                hint="Raise the budget, or leave the plan to 'auto'.",
+                hint=f"Give at least {total} bytes, or leave the plan to 'auto'.",
             )
         return PlanChoice("half", "as asked", whole)
     # Beside the pools: a working set to fill them through, and one for the self-test.
@@ -97,7 +97,7 @@ def _obstacle(
         return BudgetError(
             f"plan: 'resident' takes {pooled:,} bytes for all experts in float32, and the budget "
             f"is {budget:,}",
-            hint=hint,
+            hint=f"Give at least {pooled} bytes, or leave the plan to 'auto'.",
         )
     return None
 

@@ -35,7 +35,14 @@ def require() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu", "Running a package") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise MissingExtraError("onnxruntime", "cpu", "Running a package") from error
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None  # its binary part turns Ctrl-C into this
+        raise DeviceError(
+            f"the installed onnxruntime cannot be imported: {error}",
+            hint="Install it again: pip install --force-reinstall onnxruntime",
+        ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         # Both wheels unpack into one folder; removing either leaves an empty shell.
         raise DeviceError(
@@ -55,6 +62,7 @@ def start(threads: int | None = None, suited: Callable[[int], int] = int) -> int
     global _pool_threads, _pool_process
     cores = usable_cores()
     check_threads(threads, cores)
+    require()
     with _pool_lock:
         if _pool_threads is None:
             size = threads or suited(cores)

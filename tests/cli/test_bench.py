@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evermind_manifests.errors import BudgetError, EvermindPackError, InputError
+from evermind_manifests.errors import BudgetError, EvermindPackError, InputError, LocationError
 from evermind_runtime.forecast import Range, forecast
 from evermind_runtime.layers import ExpertLayer
 from evermind_runtime.machine import measure_machine
@@ -286,6 +286,15 @@ def test_rounds_run_in_fresh_processes_and_in_turn(package: Path) -> None:
 def test_what_a_round_raises_is_raised(package: Path) -> None:
     with pytest.raises(BudgetError, match="cannot hold the experts of one step"):
         run_rounds({"tiny": job(package, budget=10)}, 1)
+
+
+def test_a_path_may_be_any_bytes(package: Path) -> None:
+    link = package.parent / os.fsdecode(b"lm \xff")
+    link.symlink_to(package)
+    (made,) = run_rounds({"all": job(link, max_new=2)}, 1)["all"]
+    assert len(made.tokens) == 2
+    with pytest.raises(LocationError, match="gone"):
+        run_rounds({"all": job(package.parent / os.fsdecode(b"gone \xff"))}, 1)
 
 
 def test_a_round_that_dies_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

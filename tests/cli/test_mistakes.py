@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,7 +291,8 @@ def test_a_terminal_of_ascii_shows_what_it_can(bytes_package: Path, tmp_path: Pa
             assert len(json.loads(result.stdout)["tokens"]) == 4
 
 
-def test_a_full_disk_under_stdout_is_one_line(package: Path) -> None:
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_full_disk_under_stdout_is_one_line(as_json: list[str], package: Path) -> None:
     """Buffered output fails only when it is flushed, which must not be left to the exit."""
     script = """
 import io, sys
@@ -303,7 +305,44 @@ code = main(sys.argv[1:])
 import os
 os._exit(code)
 """
-    result = _python(script, "inspect", package)
+    result = _python(script, "inspect", package, *as_json)
     assert result.returncode == 1
     assert "No space left" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_written_to_by_nobody(closed: str, package: Path) -> None:
+    script = f'exec "$0" -m evermind_pack run "$1" --tokens 1 --max-new 2 {closed}'
+    command = ["sh", "-c", script, sys.executable, str(package)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert bool(result.stdout) == closed.startswith("2")
+
+
+def test_an_error_begins_a_line_of_its_own(package: Path, tmp_path: Path, capsys: Any) -> None:
+    """Tokens were shown before one needed an expert that is not there."""
+    torn = tmp_path / "torn"
+    shutil.copytree(package, torn)
+    for shard in (torn / "experts" / "l001").iterdir():
+        shard.unlink()
+    code, out, err = call(capsys, "run", torn, "--tokens", "1", "--plan", "half")
+    assert (code, out) == (3, "\n")
+    assert err.startswith("MissingFileError: experts/l001/")
+    assert "`evermind-pack validate` lists all that is missing" in err
+
+
+def test_a_manifest_given_for_its_package_is_told(package: Path, capsys: Any) -> None:
+    code, _, err = call(capsys, "run", package / "manifest.json", "--tokens", "1")
+    assert code == 1
+    assert "Give the folder that it lies in" in err
+
+
+@pytest.mark.parametrize("count", ["x", "0", "-1", "1.5", "9" * 5000])
+def test_a_count_is_a_whole_number(count: str, package: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call(capsys, "bench", package, f"--rounds={count}")
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument --rounds: expected a whole number, 1 or more, found" in said
+    assert len(said) < 2000

@@ -1,6 +1,7 @@
 """`run --plan`: chosen, said aloud, or refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,14 @@ def test_the_plan_is_said_aloud(
 
 
 def test_a_plan_without_room_is_refused(package: Path, capsys: Any) -> None:
-    assert run(package, "--plan", "resident", "--budget", "50%") == 2
-    assert "plan: 'resident' takes" in capsys.readouterr().err
+    for plan in ("resident", "half"):
+        assert run(package, "--plan", plan, "--budget", "50%") == 2
+        said = capsys.readouterr().err
+        assert f"plan: '{plan}' " in said
+        enough = re.search(r"Give at least (\d+) bytes", said)
+        assert enough
+        assert run(package, "--plan", plan, "--budget", enough[1]) == 0
+        capsys.readouterr()
 
 
 def test_what_experts_do_is_told_by_no_pools(package: Path, capsys: Any) -> None:

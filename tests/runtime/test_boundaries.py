@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -324,3 +326,28 @@ def test_a_router_that_answers_nonsense_is_refused(
             model.forward({"x": x}, state=state, steps=steps)
         assert model._pager.slots.pinned == 0
         assert state.current["count"].tolist() == [0.0]
+
+
+def test_what_stops_the_import_of_onnx_runtime_is_told(lm_package: Path) -> None:
+    """Not installed, broken, or Ctrl-C, which its binary part turns into an ImportError."""
+    program = """
+import sys, evermind_runtime as em
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnxruntime":
+            exec(sys.argv[2])
+sys.meta_path.insert(0, Finder())
+try:
+    em.load(sys.argv[1])
+except BaseException as error:
+    print(type(error).__name__, error)
+"""
+    causes = {
+        "raise ModuleNotFoundError('no', name=name)": "MissingExtraError Running a package needs",
+        "raise ImportError('no such library')": "DeviceError the installed onnxruntime cannot be",
+        "raise ImportError('stopped') from KeyboardInterrupt()": "KeyboardInterrupt",
+    }
+    for cause, expected in causes.items():
+        command = [sys.executable, "-c", program, str(lm_package), cause]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.startswith(expected), said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,27 @@ def test_a_place_without_direct_reads_is_measured_uncached_or_says_cached(
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         measure_disk([Extent(opener(tmp_path / "gone"), 0, 4096)], seconds=0.01)
+
+
+def test_what_breaks_off_leaves_no_reader_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes to the thread that waits; what the others read is closed soon after."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**20))
+    extents = [Extent(opener(path), 0, 2**20)]
+    join, broken = threading.Thread.join, iter([True])
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        if next(broken, False):
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_disk(extents, seconds=60)
+    assert threading.active_count() == before
 
 
 def test_pages_of_a_mapped_file_stay_and_that_is_seen(tmp_path: Path) -> None:

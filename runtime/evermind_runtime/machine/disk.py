@@ -203,11 +203,14 @@ def _timed(
     lock = threading.Lock()
     failures: list[OSError] = []
     counts = [0] * readers
+    broken_off = threading.Event()
     deadline = time.perf_counter() + max(seconds, 0.01) * (4 if once else 1)
 
     def work(number: int) -> None:
         with mmap.mmap(-1, block) as buffer:
             while time.perf_counter() < deadline and sum(counts) < _MOST_BYTES:
+                if broken_off.is_set():
+                    return
                 with lock:
                     extent = next(order, None)
                 if extent is None:
@@ -220,10 +223,17 @@ def _timed(
 
     started = time.perf_counter()
     threads = [threading.Thread(target=work, args=(number,)) for number in range(readers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        # Ctrl-C: what they read is about to be closed.
+        broken_off.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
     if failures:
         raise failures[0]
     return sum(counts) / (time.perf_counter() - started)
