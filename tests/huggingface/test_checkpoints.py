@@ -77,6 +77,67 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [
+        ({"adapter_config.json": "{}"}, "merge_and_unload"),
+        ({"model.gguf": "GGUF"}, "GGUF files are not read"),
+        ({"snapshots/abc/config.json": "{}"}, "snapshots/abc meant"),
+        ({}, "as `save_pretrained` writes it"),
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "Pickled .bin files"),
+        ({"config.json": "{}", "a.safetensors": "", "b.safetensors": ""}, "the index"),
+        ({"config.json": "{}", "a.safetensors": ""}, "call it model.safetensors"),
+        ({"config.json": "{}"}, "Its weights are missing"),
+        (
+            {
+                "config.json": "{}",
+                "model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            },
+            "git lfs pull",
+        ),
+    ],
+)
+def test_the_way_out_is_said_for_what_is_no_checkpoint(
+    tmp_path: Path, files: dict[str, str], hint: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError) as raised:
+        Checkpoint(tmp_path)
+    assert hint in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": -32}, "negative dimension"),
+        ({"hidden_size": "big"}, r"Validation error for field 'hidden_size': .*got str"),
+        ({"hidden_act": "zorb"}, "KeyError: 'zorb'"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most 4,096"),
+        ({"max_position_embeddings": 2**40}, "max_position_embeddings: expected at most"),
+        (
+            {"model_type": "zorb", "auto_map": {"AutoConfig": "configuration_zorb.Zorb"}},
+            "code of its own",
+        ),
+        ({"model_type": "zorb"}, "does not recognize this architecture"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(
+    imported: Callable[[str], Imported], tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+
+    source = imported("olmoe").checkpoint
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_zorb.py").write_text("raise AssertionError('was run')")
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    with pytest.raises(UnsupportedError, match=message):
+        import_checkpoint(tmp_path, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
 def test_expert_weights_are_kept_bit_by_bit(imported: Callable[[str], Imported]) -> None:
     made = imported("mixtral")
     tensors = {}

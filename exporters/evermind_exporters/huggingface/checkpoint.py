@@ -27,10 +27,11 @@ from evermind_manifests.safetensors_header import (
 )
 
 from ..checkpoints.disk_file import DiskFile
+from .misfits import CONFIG_NAME as CONFIG_NAME
+from .misfits import INDEX_NAME as INDEX_NAME
+from .misfits import WEIGHTS_NAME as WEIGHTS_NAME
+from .misfits import damaged, without_config, without_weights
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 256 * 1024 * 1024
 
 
@@ -71,7 +72,7 @@ class Checkpoint:
         if not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(
                 f"{folder}: expected a checkpoint folder with a {CONFIG_NAME}, found none",
-                hint="Give a folder as `save_pretrained` writes it, or a model is downloaded to.",
+                hint=without_config(folder),
             )
         self._files: dict[str, DiskFile] = {}
         self._metadata: dict[str, dict[str, str]] = {}
@@ -157,7 +158,7 @@ class Checkpoint:
         if listed is None and not (self.folder / WEIGHTS_NAME).is_file():
             raise CheckpointError(
                 f"{self.folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, found neither",
-                hint="Only safetensors weights are read: pickled .bin files may run code.",
+                hint=without_weights(self.folder),
             )
         return listed
 
@@ -175,7 +176,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: not a safetensors file, or not all of it: "
                 f"{error.message.removeprefix(f'{path}: ')}",
-                hint="Fetch the file again.",
+                hint=damaged(bytes(disk.read(0, min(disk.size, 64)))),
             ) from error
         self._files[file] = disk
         self._metadata[file] = _metadata(disk.read(PREFIX_BYTES, length - PREFIX_BYTES))

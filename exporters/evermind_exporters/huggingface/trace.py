@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from evermind_manifests.manifest import Half, StateSpec
 
 from ..reason import reason
 from . import attention
+from .checkpoint import CONFIG_NAME, read_json
 from .experts import ExpertsModule
 from .fixes import fixes
 from .half import TORCH_DTYPES
@@ -23,6 +25,13 @@ from .states import buffer_spec, cache_spec, counter
 if TYPE_CHECKING:
     import torch
 
+# Modules are made for each layer; positions are counted in the manifest.
+_MOST = {
+    "num_hidden_layers": 4096,
+    "n_layers": 4096,
+    "n_layer": 4096,
+    "max_position_embeddings": 2**31 - 1,
+}
 # Lengths of the sample a trace is made with; both vary in the graph.
 _PAST, _TOKENS = 5, 3
 
@@ -57,6 +66,7 @@ def empty_model(folder: Path, compute: Literal["f32"] | Half = "f32") -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if getattr(config, QUANTIZATION, None):  # its numbers are dequantised as they are read
@@ -65,14 +75,35 @@ def empty_model(folder: Path, compute: Literal["f32"] | Half = "f32") -> Any:
             maker: Any = AutoModelForCausalLM
             dtype = TORCH_DTYPES[compute]
             model = maker.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        if isinstance(error, UnsupportedError):
-            raise
+    except (UnsupportedError, MissingExtraError):
+        raise
+    except Exception as error:  # a configuration may be wrong in any way
         raise UnsupportedError(
             f"{folder}: transformers cannot make a causal language model of this: {reason(error)}"
         ) from error
     _keep_in_float(model, getattr(torch, dtype))
     return model
+
+
+def _check_config(folder: Path) -> None:
+    """Raise `UnsupportedError` for what would run code, or make a model without end."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / CONFIG_NAME if folder.is_dir() else folder
+    said = read_json(path)
+    if said.get("auto_map") and said.get("model_type") not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"{path}: model_type {said.get('model_type')!r:.80}: transformers "
+            f"{metadata.version('transformers')} does not know it, and the checkpoint brings code "
+            "of its own (auto_map), which is never run",
+            hint="Models that transformers itself can make are imported.",
+        )
+    nested = said.get("text_config")
+    for fields in (said, nested if isinstance(nested, dict) else {}):
+        for name, most in _MOST.items():
+            value = fields.get(name)
+            if isinstance(value, int) and value > most:
+                raise UnsupportedError(f"{path}: {name}: expected at most {most:,}, found {value}")
 
 
 def _keep_in_float(model: Any, dtype: torch.dtype) -> None:
