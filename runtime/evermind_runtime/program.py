@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from .pager import Pager
 from .pools import Pools
 from .resident import Resident
 from .served import Served, ServedTokens
-from .sessions import Sessions
+from .sessions import Sessions, graph_failed
 from .state import Array, State
 
 if TYPE_CHECKING:
@@ -224,12 +224,12 @@ def _needed_choices(
     ]
 
 
-def run_graph(path: str, session: Any, binding: ort.IOBinding) -> None:
-    """Run what is bound; `GraphError`, naming the graph, if ONNX Runtime cannot."""
+def run_graph(path: str, session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    """Run what is bound; `GraphError`, naming graph and device, if ONNX Runtime cannot."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise GraphError(f"{path}: the graph failed: {error}") from error
+        raise graph_failed(path, session, error) from error
 
 
 def _run_graph(

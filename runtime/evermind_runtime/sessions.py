@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from evermind_manifests.errors import DeviceError, UnsupportedError
+from evermind_manifests.errors import DeviceError, GraphError, UnsupportedError
 from evermind_manifests.graph import check_graph, inspect_graph
 from evermind_manifests.interface import check_graph_interface
 from evermind_manifests.package import Package
@@ -79,6 +79,18 @@ class Sessions:
             ) from error
         _check_provider(session, path, device)
         return session
+
+
+def graph_failed(path: str, session: ort.InferenceSession, error: Exception | str) -> GraphError:
+    """What to raise where ONNX Runtime failed while it ran the graph at `path`."""
+    provider = session.get_providers()[0].removesuffix("ExecutionProvider").lower()
+    return GraphError(
+        f"{path}: the graph failed on device {provider!r}: {error}",
+        hint="`evermind-pack validate PACKAGE --deep --run` tells whether the package is sound."
+        if provider == "cpu"
+        else "If the device is out of memory: give a smaller budget, prompt or context, or run on "
+        "the CPU (without --device). After other failures it can be used by a new process only.",
+    )
 
 
 _ELSEWHERE = (

@@ -25,6 +25,7 @@ from . import onnx_runtime
 from .devices import CpuSlot
 from .jobs import make_gate, open_gates
 from .pager import Pager, Pins
+from .sessions import graph_failed
 from .state import Array
 
 if TYPE_CHECKING:
@@ -213,4 +214,4 @@ class SideBySide:
             raise interrupted
 
     def _failed(self, error: Exception | str) -> GraphError:
-        return GraphError(f"{self._kind.graph}: the graph failed: {error}")
+        return graph_failed(self._kind.graph, self._session, error)

@@ -10,9 +10,10 @@ from typing import Any
 import evermind_runtime as em
 import numpy as np
 import pytest
+from evermind_manifests.errors import GraphError
 from evermind_manifests.manifest import ExpertsStep, GraphStep, Step
 from evermind_runtime import program
-from evermind_runtime.program import needed_steps
+from evermind_runtime.program import needed_steps, run_graph
 
 from tests.packages import LM_CONFIG, export, random_source
 
@@ -67,3 +68,25 @@ def test_a_prompts_values_do_not_outlive_their_last_reader(
     # Before the experts of a layer run, nothing is left of those below.
     assert len(most) > 1
     assert most == [0] * len(most)
+
+
+@pytest.mark.parametrize(
+    ("provider", "device", "advice"),
+    [("CPU", "cpu", "validate PACKAGE"), ("CUDA", "cuda", "a smaller budget")],
+)
+def test_a_graph_that_fails_names_itself_its_device_and_what_to_do(
+    provider: str, device: str, advice: str
+) -> None:
+    class Session:
+        def get_providers(self) -> list[str]:
+            return [f"{provider}ExecutionProvider", "CPUExecutionProvider"]
+
+        def run_with_iobinding(self, _binding: Any) -> None:
+            raise RuntimeError("CUDA failure 2: out of memory")
+
+    session: Any = Session()
+    message = f"graphs/x.onnx: the graph failed on device '{device}': CUDA failure 2: out of memory"
+    with pytest.raises(GraphError) as caught:
+        run_graph("graphs/x.onnx", session, session)
+    assert caught.value.message == message
+    assert advice in str(caught.value.hint)

@@ -154,7 +154,9 @@ def test_an_error_on_a_thread_of_the_pool_is_the_callers(
         state = model.new_state()
         with monkeypatch.context() as patch:
             patch.setattr(SideBySide, "_start", start)
-            with pytest.raises(GraphError, match=r"graphs/expert\S+: the graph failed: .*x"):
+            with pytest.raises(
+                GraphError, match=r"graphs/expert\S+: the graph failed on device 'cpu': .*x"
+            ):
                 model.forward(TOKENS, steps="decode", state=state)
         check_idle(model)
         assert same(model.forward(TOKENS, steps="decode", state=state), alone)
