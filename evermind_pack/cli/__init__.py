@@ -15,6 +15,8 @@ from typing import Protocol, cast
 
 from evermind_manifests.errors import EvermindPackError
 
+from .terminal import INTERRUPTED
+
 # Name → what it does, in the order a user meets them.
 COMMANDS = {
     "demo": "train, export, validate and run a small language model, start to end",
@@ -34,7 +36,6 @@ COMMANDS = {
     "serve": "serve a package to browsers and other machines",
     "cache": "show, check and clear what was fetched from servers",
 }
-_INTERRUPTED = 130
 
 
 class Command(Protocol):
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output is gone (`| head`): nothing more to say, and not an error.
         _drop_output()

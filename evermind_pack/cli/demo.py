@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evermind_manifests.errors import EvermindPackError, InputError, MissingExtraError
 
 from .terminal import (
+    INTERRUPTED,
     human_bytes,
     let_threads_sleep,
     positive_int,
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from evermind_manifests.validate import Report
     from evermind_runtime import Stats
 
+    from .generated import Generated
+
 EXAMPLES = """\
   evermind-pack demo
   evermind-pack demo -o /tmp/demo --steps 100 --prompt "import "
   evermind-pack demo --budget 15%"""
 
-_INTERRUPTED = 130
 # About 80 seconds of training on two cores.
 _STEPS = 700
 _DESCRIPTION = "A small language model of Python source, made by `evermind-pack demo`."
@@ -62,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", default="def", help="text to continue (default: def)")
     parser.add_argument(
-        "--max-new", metavar="N", type=int, default=160, help="tokens to generate (default: 160)"
+        "--max-new",
+        metavar="N",
+        type=positive_int,
+        default=160,
+        help="tokens to generate (default: 160)",
     )
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.8, help="0 is greedy (default: 0.8)"
@@ -76,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
     quiet = args.quiet or args.json
     run_folder, package = args.output / "run", args.output / "package"
     _check_own(package)
+    _check_generation(args)
 
     _headline("1/4", "train a language model on Python's standard library", quiet)
     if not _train(run_folder, args, quiet):
-        return _INTERRUPTED
+        return INTERRUPTED
     _headline("2/4", "export it: one shard per expert, half precision", quiet)
     digest = _export(run_folder, package, quiet)
     _headline("3/4", "validate: every digest, shard and graph, and the results", quiet)
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     paged = _generate(package, args, args.budget, show=not quiet)
     unpaged = _generate(package, args, None, show=False)
 
-    identical = paged.tokens == unpaged.tokens
+    identical = paged.made.tokens == unpaged.made.tokens
     if args.json:
         print_json(
             {
@@ -128,20 +134,23 @@ def _check_own(package: Path) -> None:
         )
 
 
+def _check_generation(args: argparse.Namespace) -> None:
+    """Raise now what generating would raise after minutes of training."""
+    from evermind_manifests.manifest import Generation
+    from evermind_runtime.budget import parse_size
+    from evermind_runtime.sampling import Sampling
+
+    parse_size(args.budget, 0, "--budget")
+    Sampling(temperature=args.temperature, seed=args.seed).sampler(Generation())
+
+
 @dataclass(frozen=True, slots=True)
-class _Generated:
-    tokens: list[int]
-    text: str
-    tokens_per_second: float
+class _Run:
+    made: Generated
     stats: Stats
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "tokens": self.tokens,
-            "text": self.text,
-            "tokens_per_second": self.tokens_per_second,
-            **self.stats.to_dict(),
-        }
+        return self.made.figures() | self.stats.to_dict()
 
 
 def _headline(step: str, text: str, quiet: bool) -> None:
@@ -206,41 +215,31 @@ def _validate(package: Path, quiet: bool) -> Report:
     return report
 
 
-def _generate(
-    package: Path, args: argparse.Namespace, budget: str | None, *, show: bool
-) -> _Generated:
+def _generate(package: Path, args: argparse.Namespace, budget: str | None, *, show: bool) -> _Run:
     from evermind_runtime import load
+
+    from .generated import follow
 
     # Not pools: the two runs must agree in every bit.
     with load(package, budget=budget, plan="auto" if budget else "half") as model:
         if show:
             print(args.prompt, end="", flush=True)
-        tokens: list[int] = []
-        text = ""
-        first = 0.0
-        for piece in model.generate(
+        pieces = model.generate(
             args.prompt,
             max_new_tokens=args.max_new,
             temperature=args.temperature,
             seed=args.seed,
-        ):
-            if not tokens:
-                first = time.perf_counter()
-            tokens.append(piece.token)
-            text += piece.text
-            if show:
-                print(piece.text, end="", flush=True)
-        seconds = time.perf_counter() - first
+        )
+        made = follow(pieces, (lambda piece: piece.text) if show else None)
         if show:
             print("\n")
-        speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else 0.0
-        return _Generated(tokens, text, speed, model.stats())
+        return _Run(made, model.stats())
 
 
-def _print_table(paged: _Generated, unpaged: _Generated, identical: bool) -> None:
+def _print_table(paged: _Run, unpaged: _Run, identical: bool) -> None:
     rows = {"": f"{'paged':>16}{'all resident':>16}"}
     for name, values in {
-        "tokens/s": [f"{one.tokens_per_second:,.0f}" for one in (paged, unpaged)],
+        "tokens/s": [f"{one.made.tokens_per_second:,.0f}" for one in (paged, unpaged)],
         "expert hits": [f"{one.stats.expert_hits:,}" for one in (paged, unpaged)],
         "expert misses": [f"{one.stats.expert_misses:,}" for one in (paged, unpaged)],
         "hit rate": [f"{one.stats.hit_rate:.1%}" for one in (paged, unpaged)],

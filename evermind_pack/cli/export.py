@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a training run, a folder or file with model.safetensors and config.json (the "
         "peer's Hugging Face bundle too), a peer's MoE0, EVL0, LMBC or .evermind file, a "
-        "checkpoint.tkp1 with its arch.json (told apart by content), or FAMILY:PRESET for an "
+        "checkpoint.tkp1 with its arch.json, an Atome model's packed file with its config.json "
+        "or .pt checkpoint (told apart by content), or FAMILY:PRESET for an "
         "untrained model (tokitai-moe:nano, :tiny, :medium, :full)",
     )
     add_output(parser)

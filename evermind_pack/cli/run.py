@@ -6,13 +6,11 @@ import argparse
 import re
 import sys
 import time
-import warnings
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
 from evermind_manifests.errors import InputError
-from evermind_runtime import Model, PagingWarning, load
+from evermind_runtime import Model
 from evermind_runtime.choose_compute import ComputeName
 from evermind_runtime.choose_plan import PLAN_NAMES
 
@@ -26,6 +24,7 @@ from .arrays import (
 from .chat import add_chat_arguments, chat, check_chat
 from .generated import Generated, follow
 from .introspection import draw_heatmap, print_introspection, write_prometheus
+from .loading import load_model
 from .options import SAMPLING, add_policy, add_reading, add_sampling, add_threads, thread_count
 from .plots import check_pictures
 from .remote import add_remote_arguments, remote_options
@@ -139,28 +138,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate or run arrays."""
     _check_combination(args)
-    with ExitStack() as stack:
-        caught = stack.enter_context(warnings.catch_warnings(record=True))
-        warnings.simplefilter("always", PagingWarning)
-        model = stack.enter_context(
-            load(
-                args.package,
-                budget=args.budget,
-                device=args.device,
-                compute=args.compute,
-                threads=args.threads,
-                verify=args.verify,
-                policy=args.policy,
-                profile=args.profile,
-                io=args.io,
-                plan=args.plan,
-                guess=args.guess,
-                observe=args.introspect,
-                remote=remote_options(args, prefetch=args.prefetch),
-            )
-        )
-        for warning in caught:
-            remark(f"warning: {warning.message}", quiet=args.quiet)
+    with load_model(
+        args.package,
+        quiet=args.quiet,
+        budget=args.budget,
+        device=args.device,
+        compute=args.compute,
+        threads=args.threads,
+        verify=args.verify,
+        policy=args.policy,
+        profile=args.profile,
+        io=args.io,
+        plan=args.plan,
+        guess=args.guess,
+        observe=args.introspect,
+        remote=remote_options(args, prefetch=args.prefetch),
+    ) as model:
         if args.inputs:
             _run_arrays(model, args)
         elif args.chat:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from evermind_runtime.sizes import StateSizes
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Progress: TypeAlias = Callable[[int, int], None]
 Unit: TypeAlias = Literal["count", "bytes"]
+
+# What a shell gives a command that Ctrl-C ended: 128 + SIGINT.
+INTERRUPTED: Final = 130
 
 
 @contextlib.contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any
 
 from evermind_manifests.errors import InputError
-from evermind_runtime import PagingWarning, load
 from evermind_runtime.budget import parse_size
 from evermind_runtime.layers import all_bytes, cycle_bytes, expert_layers, step_bytes
 from evermind_runtime.openers import open_location
@@ -16,6 +14,7 @@ from evermind_runtime.profile import encode_profile, profile_of
 from evermind_runtime.replay import POLICIES, Replay, replay
 from evermind_runtime.trace import Trace, read_trace
 
+from .loading import load_model
 from .plots import check_pictures, plot_heatmap, plot_hit_rates
 from .remote import add_remote_arguments, remote_options
 from .run import token_ids
@@ -42,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", metavar="TEXT", help="text to continue")
     what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
     record.add_argument("-o", "--output", metavar="FILE", type=Path, help="the trace to write")
-    record.add_argument("--max-new", metavar="N", type=int, help="tokens to generate at most")
+    record.add_argument(
+        "--max-new",
+        metavar="N",
+        type=int,
+        help="tokens to generate at most (default: what the package says, else 64)",
+    )
     record.add_argument(
         "--temperature", metavar="T", type=float, help="0 is greedy (default: the package's)"
     )
@@ -101,11 +105,8 @@ def _record(args: argparse.Namespace) -> None:
             hint="To replay what was recorded: evermind-pack trace --replay FILE",
         )
     prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PagingWarning)
-        model = load(args.package, budget=args.budget, remote=remote_options(args))
-    for warning in caught:
-        remark(f"warning: {warning.message}", quiet=args.quiet)
+    remote = remote_options(args)
+    model = load_model(args.package, quiet=args.quiet, budget=args.budget, remote=remote)
     with model, progress("tokens", quiet=args.quiet) as report:
         if not model.manifest.layers:
             raise InputError(f"{args.package}: there are no experts to trace")

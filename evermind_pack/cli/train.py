@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evermind_manifests.errors import InputError, MissingExtraError
 
-from .terminal import let_threads_sleep, positive_int, print_json, remark
+from .terminal import INTERRUPTED, let_threads_sleep, positive_int, print_json, remark
 
 if TYPE_CHECKING:
     from ..training import TrainingResult
@@ -24,7 +24,6 @@ EXAMPLES = """\
   evermind-pack train --resume runs/python"""
 
 FAMILIES = ("lm", "synapse", "atome", "moe", "limbic", "tokitai")
-_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--vocab",
         type=positive_int,
-        help="256 for bytes, more for byte-level BPE (default: 1024; synapse: 256)",
+        help="256 for bytes, more for byte-level BPE (default: 1024; synapse, atome: 256)",
     )
     text.add_argument(
         "--max-bytes", type=positive_int, help="of corpus to read (default: 3,000,000)"
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             result = start_job(args, stop=stop)
     _print_result(result, args)
-    return 0 if result.finished else _INTERRUPTED
+    return 0 if result.finished else INTERRUPTED
 
 
 def _print_result(result: TrainingResult, args: argparse.Namespace) -> None:

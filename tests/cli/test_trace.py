@@ -182,7 +182,7 @@ def test_what_cannot_be_written_is_refused_before_anything_runs(
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     places = {"PKG": str(package), "TRACE": str(recorded)}
-    for name in ("load", "replay"):
+    for name in ("load_model", "replay"):
         monkeypatch.setattr(f"evermind_pack.cli.trace.{name}", lambda *_, **__: pytest.fail("ran"))
     before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
     words = [word.replace("PKG", places["PKG"]) for word in arguments]

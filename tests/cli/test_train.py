@@ -98,6 +98,22 @@ def test_a_demo_of_other_steps_does_not_replace_a_run(
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--budget", "lots"), ("--temperature", "nan"), ("--max-new", "0")],
+)
+def test_the_demo_checks_how_to_generate_before_it_trains(
+    option: str, value: str, tmp_path: Path, capsys: Any
+) -> None:
+    try:
+        code, _, err = call(capsys, "demo", "-o", tmp_path / "d", option, value)
+    except SystemExit as ended:
+        code, err = ended.code, capsys.readouterr().err
+    assert code == 2
+    assert option.strip("-") in err
+    assert not (tmp_path / "d").exists()
+
+
 def test_a_foreign_checkpoint_folder_is_refused(tmp_path: Path, capsys: Any) -> None:
     before = put(tmp_path / "run", "checkpoint-500/weights.bin", "config.json")
     code, _, err = call(capsys, "demo", "-o", tmp_path, "--steps", 5)
