@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from evermind_manifests.errors import InputError
+from evermind_runtime import Model, Piece
 from evermind_runtime.budget import parse_size
 from evermind_runtime.layers import all_bytes, cycle_bytes, expert_layers, step_bytes
 from evermind_runtime.openers import open_location
@@ -14,6 +16,7 @@ from evermind_runtime.profile import encode_profile, profile_of
 from evermind_runtime.replay import POLICIES, Replay, replay
 from evermind_runtime.trace import Trace, read_trace
 
+from .arrays import read_arrays
 from .loading import load_model
 from .plots import check_pictures, plot_heatmap, plot_hit_rates
 from .remote import add_remote_arguments, remote_options
@@ -23,13 +26,15 @@ from .terminal import counted, human_bytes, print_json, print_table, progress, r
 
 EXAMPLES = """\
   evermind-pack trace demo/package --prompt "def " --max-new 256 -o trace.jsonl
+  evermind-pack trace layer/ --inputs in.npz --steps decode -o trace.jsonl
   evermind-pack trace --replay trace.jsonl
   evermind-pack trace --replay trace.jsonl --budgets 10%,20%,1MiB --json
   evermind-pack trace --replay trace.jsonl --plot hits.png --heatmap heat.png
   evermind-pack trace --replay trace.jsonl --profile profile.json"""
 
 _BUDGETS = "12.5%,25%,50%"
-_RECORDING = ("prompt", "tokens", "output", "max_new", "temperature", "seed", "budget")
+_GENERATING = ("max_new", "temperature", "seed")
+_RECORDING = ("prompt", "tokens", "inputs", "steps", "output", *_GENERATING, "budget")
 _REPLAYING = ("package_of", "budgets", "plot", "heatmap", "profile")
 
 
@@ -40,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = record.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="text to continue")
     what.add_argument("--tokens", metavar="IDS", help="token ids to continue, as 1,2,3")
+    what.add_argument(
+        "--inputs", metavar="NPZ", type=Path, help="arrays to run, by the plan's input names"
+    )
+    record.add_argument(
+        "--steps",
+        choices=("prefill", "decode"),
+        help="of --inputs: all tokens at once, or one by one (default: prefill)",
+    )
     record.add_argument("-o", "--output", metavar="FILE", type=Path, help="the trace to write")
     record.add_argument(
         "--max-new",
@@ -65,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--budgets",
         metavar="SIZES",
-        help=f"comma-separated, each as for `run` (default: {_BUDGETS})".replace("%", "%%"),
+        help=f"comma-separated, each as for `run` (default: {_BUDGETS}, as far as they hold a "
+        "step's experts)".replace("%", "%%"),
     )
     again.add_argument(
         "--plot", metavar="PNG", type=Path, help="draw hit rate over budget (extra: plot)"
@@ -89,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             mode = "without" if args.package else "with"
             raise InputError(f"--{option} has no meaning {mode} --replay")
     results = (args.output, args.plot, args.heatmap, args.profile)
-    check_targets(*results, sources=(args.package, args.replay, args.package_of))
+    check_targets(*results, sources=(args.package, args.replay, args.package_of, args.inputs))
     check_pictures(args.plot, args.heatmap)
     if args.package:
         _record(args)
@@ -99,27 +113,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record(args: argparse.Namespace) -> None:
-    if args.output is None or (args.prompt is None and args.tokens is None):
+    given = args.prompt is not None or args.tokens is not None or args.inputs is not None
+    if args.output is None or not given:
         raise InputError(
-            "recording needs --prompt TEXT or --tokens IDS, and -o FILE",
+            "recording needs --prompt TEXT, --tokens IDS or --inputs NPZ, and -o FILE",
             hint="To replay what was recorded: evermind-pack trace --replay FILE",
         )
-    prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
+    for name in _GENERATING if args.inputs else ("steps",):
+        if getattr(args, name) is not None:
+            mode = "with" if args.inputs else "without"
+            raise InputError(f"--{name.replace('_', '-')} has no meaning {mode} --inputs")
+    inputs = None if args.inputs is None else read_arrays(args.inputs)
     remote = remote_options(args)
     model = load_model(args.package, quiet=args.quiet, budget=args.budget, remote=remote)
     with model, progress("tokens", quiet=args.quiet) as report:
         if not model.manifest.layers:
             raise InputError(f"{args.package}: there are no experts to trace")
-        generated = model.generate(
-            prompt, max_new_tokens=args.max_new, temperature=args.temperature, seed=args.seed
-        )
         made = 0
-        try:
-            model.trace(args.output)
-        except OSError as error:
-            raise InputError(f"{args.output}: cannot be written: {error.strerror}") from error
-        for made, _ in enumerate(generated, 1):
-            report(made, args.max_new or made)
+        if inputs is None:
+            generated = _generated(model, args)
+            _begin(model, args.output)
+            for made, _ in enumerate(generated, 1):
+                report(made, args.max_new or made)
+        else:
+            _begin(model, args.output)
+            model.forward(inputs, steps=args.steps or "prefill")
     trace = read_trace(args.output)
     if args.json:
         result = {"trace": str(args.output), "generated": made, **_summary(trace)}
@@ -133,9 +151,23 @@ def _record(args: argparse.Namespace) -> None:
         )
 
 
+def _generated(model: Model, args: argparse.Namespace) -> Iterator[Piece]:
+    prompt = args.prompt if args.tokens is None else token_ids(args.tokens)
+    return model.generate(
+        prompt, max_new_tokens=args.max_new, temperature=args.temperature, seed=args.seed
+    )
+
+
+def _begin(model: Model, path: Path) -> None:
+    try:
+        model.trace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def _replay(args: argparse.Namespace) -> None:
     trace = _read(args)
-    budgets = _budgets(trace, args.budgets or _BUDGETS)
+    budgets = _standard(trace) if args.budgets is None else _budgets(trace, args.budgets)
     results = _table(trace, list(budgets.values()), args.quiet)
     if not trace.recorded_layers:
         remark("the experts are counted by the ids seen: --package says how many", quiet=args.quiet)
@@ -189,6 +221,14 @@ def _read(args: argparse.Namespace) -> Trace:
     if not trace.steps:
         raise InputError(f"{args.replay}: expected a step or more, found none")
     return trace
+
+
+def _standard(trace: Trace) -> dict[str, int]:
+    """What is replayed where nobody says: of the usual budgets those that hold a step."""
+    least = step_bytes(trace.layers)
+    usual = _budgets(trace, _BUDGETS)
+    enough = {text: size for text, size in usual.items() if size >= least}
+    return enough or _budgets(trace, "100%")
 
 
 def _budgets(trace: Trace, text: str) -> dict[str, int]:

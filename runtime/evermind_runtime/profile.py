@@ -88,7 +88,11 @@ def parse_profile(data: bytes, layers: Sequence[ExpertLayer], where: str) -> Pro
         # msgspec keeps the last of two equal keys: another reader may keep the first.
         json.loads(data, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(
+            f"{where}: {error}",
+            hint="A routing profile is what `evermind-pack trace --replay TRACE --profile FILE` "
+            "writes.",
+        ) from error
     if profile.schema != SCHEMA:
         raise InputError(f"{where}: schema: expected {SCHEMA!r}, found {profile.schema[:80]!r}")
     expected = [(layer.layer, layer.experts) for layer in layers]

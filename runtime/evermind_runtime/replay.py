@@ -6,13 +6,14 @@ model's own policy and budget counts the model's own hits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from evermind_manifests.errors import BudgetError
 
 from .choose_policy import make_policy
-from .layers import step_bytes
+from .layers import all_bytes, step_bytes
 from .policies import ExpertKey, LfuPolicy, Policy
 from .policies.belady import BeladyPolicy
 from .profile import Profile, profile_of
@@ -58,9 +59,11 @@ def replay(trace: Trace, policy: str, budget: int, *, profile: Profile | None = 
     """
     needed = step_bytes(trace.layers)
     if budget < needed:
+        share = math.ceil(1000 * needed / all_bytes(trace.layers)) / 10
         raise BudgetError(
             f"budget: {budget:,} bytes cannot hold the experts of one step, "
-            f"which take {needed:,} bytes"
+            f"which take {needed:,} bytes",
+            hint=f"Give at least {needed} bytes, {share:g}% of all experts.",
         )
     hits, misses, bytes_read = simulate(trace, POLICIES[policy](trace, budget, profile), budget)
     return Replay(policy, budget, hits, misses, bytes_read)

@@ -192,7 +192,10 @@ def _decode(decoder: msgspec.json.Decoder[Any], line: tuple[int, bytes], where: 
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"{where}: line {number}: {error}") from error
+        raise InputError(
+            f"{where}: line {number}: {error}",
+            hint="A routing trace is what `evermind-pack trace PKG … -o FILE` writes.",
+        ) from error
 
 
 def _is_json(data: bytes) -> bool:

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evermind_runtime as em
+import numpy as np
 import pytest
 from evermind_runtime.trace import read_trace
 
 from evermind_pack.cli import main
-from tests.packages import export, lm_source
+from tests.packages import LM_CONFIG, export, lm_source, random_source
 
 OLMOE = Path(__file__).parent.parent / "fixtures" / "traces" / "olmoe_299.jsonl"
 
@@ -73,6 +75,40 @@ def test_replay_prints_every_policy_at_every_budget(
     assert all(row["bytes_read"] > 0 for row in rows)
 
 
+def test_what_nobody_chose_leaves_out_what_holds_no_step(tmp_path: Path, capsys: Any) -> None:
+    """One layer of few experts: a step takes more than the smaller of the usual budgets."""
+    for experts, top_k, expected in ((8, 2, ["25%", "50%"]), (1, 1, ["100%"])):
+        config = {**LM_CONFIG, "numLayers": 1, "numExperts": experts, "topK": top_k}
+        package = export(random_source("evermind-lm", config), tmp_path / f"p{experts}")
+        trace = tmp_path / f"t{experts}"
+        assert call(capsys, package, "--tokens", "1", "--max-new", 4, "-o", trace)[0] == 0
+        code, out, _ = call(capsys, "--replay", trace)
+        assert code == 0
+        assert out.splitlines()[0].split() == ["hit", "rate", *expected]
+
+
+@pytest.mark.parametrize("steps", [None, "decode"])
+def test_arrays_are_recorded_too(steps: str | None, tmp_path: Path, capsys: Any) -> None:
+    """A package that does not generate: what it routes to is what it puts out."""
+    config = {"modelDim": 16, "hiddenDim": 24, "numExperts": 6, "topK": 2}
+    package = export(random_source("shared-expert-moe", config), tmp_path / "layer")
+    x = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", x=x)
+    options = ["--steps", steps] if steps else []
+    path = tmp_path / "t.jsonl"
+    code, out, err = call(
+        capsys, package, "--inputs", tmp_path / "in.npz", *options, "-o", path, "--json"
+    )
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["tokens"], result["generated"]) == (5, 0)
+    assert result["steps"] == (5 if steps else 1)
+    with em.load(package) as model:
+        ids = model.forward({"x": x})["ids.0"]
+    rows = [row for step in read_trace(path).steps for row in step.tokens]
+    assert [sorted(row) for row in rows] == [sorted(row) for row in ids.tolist()]
+
+
 def test_plots_are_pictures(recorded: Path, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("matplotlib")
     plot, heat = tmp_path / "hits.png", tmp_path / "heat.png"
@@ -96,8 +132,6 @@ def test_a_plot_without_matplotlib_names_the_extra(
 def test_a_profile_can_be_run_with(
     package: Path, recorded: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    import evermind_runtime as em
-
     heat = tmp_path / "profile.json"
     assert call(capsys, "--replay", recorded, "--profile", heat, "-q")[0] == 0
     with em.load(package, budget="50%", policy="pinned", profile=heat) as model:
@@ -125,6 +159,10 @@ def test_a_trace_of_another_tool(package: Path, capsys: Any) -> None:
         ([], "either a package to record from, or --replay"),
         (["PKG", "--replay", "t"], "either a package to record from, or --replay"),
         (["PKG", "-o", "t"], "needs --prompt"),
+        (["PKG", "--tokens", "1", "-o", "t", "--steps", "decode"], "no meaning without --inputs"),
+        (["PKG", "--inputs", "i", "-o", "t", "--seed", "1"], "--seed has no meaning with --inputs"),
+        (["PKG", "--inputs", "missing.npz", "-o", "t"], "missing.npz: cannot be read as .npz"),
+        (["PKG", "--inputs", "t", "-o", "t"], "it is what is read"),
         (["PKG", "--tokens", "1"], "-o FILE"),
         (
             ["PKG", "--tokens", "1", "-o", "t", "--budgets", "5%"],
@@ -136,6 +174,7 @@ def test_a_trace_of_another_tool(package: Path, capsys: Any) -> None:
         (["--replay", "TRACE", "--budgets", ","], "expected sizes like"),
         (["--replay", "TRACE", "--budgets", "many"], "found 'many'"),
         (["--replay", "TRACE", "--budgets", "1%"], "cannot hold the experts of one step"),
+        (["--replay", "TRACE", "--budgets", "1%"], "Give at least 13056 bytes, 8.4% of all"),
         (["--replay", "missing"], "cannot be read"),
     ],
 )
