@@ -15,24 +15,20 @@ import pytest
 from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_manifests.errors import BudgetError, ClosedError, GraphError, InputError
 from evermind_manifests.manifest import (
-    SCHEMA,
     ExpertsStep,
     FusedExperts,
     GraphStep,
-    Kind,
     Layer,
-    Manifest,
-    Parameters,
     Plan,
     StateSpec,
     Step,
     ValueSpec,
 )
-from evermind_manifests.shard import encode_shard, plan_shard
-from evermind_manifests.writer import PackageWriter
+from evermind_manifests.shard import plan_shard
 from evermind_runtime import devices
 
 from tests.packages import LM_CONFIG, export, random_source
+from tests.runtime.hand_made import kind_of, manifest_of, write_package
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -219,52 +215,40 @@ def uneven(tmp_path: Path) -> Path:
         **{f"graphs/segment_{n}.onnx": _segment(n) for n in range(len(WIDTHS) + 1)},
         **{f"graphs/kind_{width}.onnx": _kind_graph(width) for width in WIDTHS},
     }
-    with PackageWriter(tmp_path / "uneven") as writer:
-        for path, data in graphs.items():
-            writer.add_file(path, data)
-        for layer, layout in enumerate(layouts):
-            for expert in range(4):
-                arrays = {
-                    spec.name: rng.normal(size=spec.shape).astype(np.float32) * 0.01
-                    for spec in layout.tensors
-                }
-                writer.add_shard(layer, expert, encode_shard(layout, layer, expert, arrays))
-        writer.finish(
-            Manifest(
-                schema=SCHEMA,
-                name="uneven",
-                version="1",
-                family="hand-made",
-                config={},
-                parameters=Parameters(total=1, active=1),
-                files={},
-                kinds={
-                    f"w{width}": Kind(
-                        graph=f"graphs/kind_{width}.onnx",
-                        tensors=layout.tensors,
-                        bytes=layout.bytes,
-                    )
-                    for width, layout in zip(WIDTHS, layouts, strict=True)
-                },
-                layers=tuple(
-                    Layer(layer=n, kind=f"w{width}", experts=4, top_k=2)
-                    for n, width in enumerate(WIDTHS)
-                ),
-                shards=(),
-                plan=Plan(
-                    inputs={"x": ValueSpec(dtype="f32", shape=("T", D))},
-                    outputs={
-                        "seen": ValueSpec(dtype="f32", shape=("T",)),
-                        "count": ValueSpec(dtype="f32", shape=("T",)),
-                        "y": ValueSpec(dtype="f32", shape=("T", D), value="y.2"),
-                    },
-                    state={"count": StateSpec(dtype="f32", shape=(1,))},
-                    prefill=(*counting, *prefill),
-                    decode=(*counting, *decode),
-                ),
-            )
+    plan = Plan(
+        inputs={"x": ValueSpec(dtype="f32", shape=("T", D))},
+        outputs={
+            "seen": ValueSpec(dtype="f32", shape=("T",)),
+            "count": ValueSpec(dtype="f32", shape=("T",)),
+            "y": ValueSpec(dtype="f32", shape=("T", D), value="y.2"),
+        },
+        state={"count": StateSpec(dtype="f32", shape=(1,))},
+        prefill=(*counting, *prefill),
+        decode=(*counting, *decode),
+    )
+    manifest = manifest_of(
+        plan,
+        kinds={
+            f"w{width}": kind_of(layout, f"graphs/kind_{width}.onnx")
+            for width, layout in zip(WIDTHS, layouts, strict=True)
+        },
+        layers=tuple(
+            Layer(layer=n, kind=f"w{width}", experts=4, top_k=2) for n, width in enumerate(WIDTHS)
+        ),
+    )
+    shards = [
+        (
+            (layer, expert),
+            layout,
+            {
+                spec.name: rng.normal(size=spec.shape).astype(np.float32) * 0.01
+                for spec in layout.tensors
+            },
         )
-    return tmp_path / "uneven"
+        for layer, layout in enumerate(layouts)
+        for expert in range(4)
+    ]
+    return write_package(tmp_path / "uneven", manifest, graphs, shards)
 
 
 def test_the_budget_holds_when_experts_differ_in_size(

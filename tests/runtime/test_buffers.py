@@ -5,7 +5,6 @@ The graph adds up all rows so far and scatters the new ones behind those of the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,21 @@ import numpy as np
 import pytest
 from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_manifests.errors import GraphError, InputError
-from evermind_manifests.manifest import (
-    SCHEMA,
-    GraphStep,
-    Manifest,
-    Parameters,
-    Plan,
-    StateSpec,
-    ValueSpec,
-    parse_manifest,
-)
-from evermind_manifests.structure import check_structure
+from evermind_manifests.manifest import GraphStep, Plan, StateSpec, ValueSpec
 from evermind_manifests.validate import validate
-from evermind_manifests.writer import PackageWriter
 from evermind_runtime import State
 from evermind_runtime.rows import FIRST_ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+
+from tests.runtime.hand_made import (
+    append_rows,
+    manifest_of,
+    problems_after,
+    write_package,
+    zero_unless_large,
+)
 
 D, LIMIT = 3, 300
 X = np.random.default_rng(6).normal(size=(LIMIT, D)).astype(np.float32)
@@ -50,50 +46,28 @@ def sums(b: GraphBuilder, x: str) -> Any:
     past = b.input("past", "i64", [1])
     filled = b.op("Slice", buffer, b.const([0]), past, b.const([1]))
     earlier = b.op("ReduceSum", filled, b.const([0, 1]), keepdims=0)
-    count = b.op("Shape", x, start=0, end=1)
-    start, end = b.op("Squeeze", past), b.op("Squeeze", b.op("Add", past, count))
-    places = b.op("Unsqueeze", b.op("Range", start, end, b.const(1)), b.const([1]))
-    places = b.op("Concat", b.op("Mul", places, b.const(0)), places, axis=1)
-    b.output(b.op("ScatterND", buffer, places, x), "new", "f32", [1, "C", D])
-    first = b.op("Cast", b.op("ReduceMax", x, keepdims=0), to=7)
-    beyond = b.op("Div", first, b.const(1000))
-    checked = b.op("Gather", b.const([0], np.float32), b.op("Min", beyond, b.const(9)))
-    return b.op("Add", b.op("CumSum", x, b.const(0)), b.op("Add", earlier, checked))
+    b.output(append_rows(b, buffer, past, x), "new", "f32", [1, "C", D])
+    return b.op("Add", b.op("CumSum", x, b.const(0)), b.op("Add", earlier, zero_unless_large(b, x)))
 
 
-def hand_made() -> Manifest:
+def plan_of_sums() -> Plan:
     rows = ValueSpec(dtype="f32", shape=("T", D))
     step = GraphStep(
         graph="graphs/sums.onnx",
         inputs={"x": "x", "context": "h", "past": "so_far"},
         outputs={"y": "y", "new": "h"},
     )
-    return Manifest(
-        schema=SCHEMA,
-        name="hand-made",
-        version="1",
-        family="nobody-knows-it",
-        config={},
-        parameters=Parameters(total=1, active=1),
-        files={},
-        kinds={},
-        layers=(),
-        shards=(),
-        plan=Plan(
-            inputs={"x": rows},
-            outputs={"y": rows},
-            state={"h": StateSpec(dtype="f32", shape=(1, "C", D), limit=LIMIT, length="so_far")},
-            prefill=(step,),
-            decode=(step,),
-        ),
+    return Plan(
+        inputs={"x": rows},
+        outputs={"y": rows},
+        state={"h": StateSpec(dtype="f32", shape=(1, "C", D), limit=LIMIT, length="so_far")},
+        prefill=(step,),
+        decode=(step,),
     )
 
 
 def write(path: Path) -> Path:
-    with PackageWriter(path) as writer:
-        writer.add_file("graphs/sums.onnx", _sums())
-        writer.finish(hand_made())
-    return path
+    return write_package(path, manifest_of(plan_of_sums()), {"graphs/sums.onnx": _sums()})
 
 
 @pytest.fixture(scope="module")
@@ -254,11 +228,8 @@ STEP = {"graph": "graphs/sums.onnx", "inputs": {"x": "h"}, "outputs": {"y": "z"}
     ],
 )
 def test_structure(package: Path, change: Any, message: str) -> None:
-    raw = json.loads((package / "manifest.json").read_bytes())
-    assert validate(package, deep=True).ok
-    change(raw["plan"])
-    problems = check_structure(parse_manifest(json.dumps(raw).encode()))
-    assert any(message in problem.message for problem in problems), problems
+    problems = problems_after(package, lambda raw: change(raw["plan"]))
+    assert any(message in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize("steps", ["prefill", "decode"])
@@ -269,12 +240,9 @@ def test_bfloat16_between_steps_is_refused(tmp_path: Path, steps: Any) -> None:
     wide.output(wide.op("Cast", wide.input("z", "bf16", ["T", D]), to=1), "y", "f32", ["T", D])
     there = GraphStep(graph="graphs/half.onnx", inputs={"x": "x"}, outputs={"z": "z"})
     back = GraphStep(graph="graphs/wide.onnx", inputs={"z": "z"}, outputs={"y": "y"})
-    manifest = hand_made()
-    plan = replace(manifest.plan, state={}, prefill=(there, back), decode=(there, back))
-    with PackageWriter(tmp_path / "p") as writer:
-        writer.add_file("graphs/half.onnx", b.build())
-        writer.add_file("graphs/wide.onnx", wide.build())
-        writer.finish(replace(manifest, plan=plan))
+    plan = replace(plan_of_sums(), state={}, prefill=(there, back), decode=(there, back))
+    graphs = {"graphs/half.onnx": b.build(), "graphs/wide.onnx": wide.build()}
+    write_package(tmp_path / "p", manifest_of(plan), graphs)
     assert "graph-interface" in {one.code for one in validate(tmp_path / "p", deep=True).problems}
     with em.load(tmp_path / "p") as model, pytest.raises(GraphError, match="'z': expected one of"):
         model.forward({"x": X[:1]}, steps=steps)

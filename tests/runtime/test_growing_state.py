@@ -17,23 +17,19 @@ import pytest
 from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import (
-    SCHEMA,
     ExpertsStep,
     GraphStep,
-    Kind,
     Layer,
     Manifest,
-    Parameters,
     Plan,
     StateSpec,
     ValueSpec,
-    parse_manifest,
 )
-from evermind_manifests.shard import encode_shard, plan_shard
-from evermind_manifests.structure import check_structure
+from evermind_manifests.shard import plan_shard
 from evermind_manifests.validate import validate
-from evermind_manifests.writer import PackageWriter
 from evermind_runtime.trace import read_trace
+
+from tests.runtime.hand_made import kind_of, manifest_of, problems_after, write_package
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -92,43 +88,28 @@ def _manifest(experts: bool, layout: Any) -> Manifest:
     else:
         graph = {"graph": "graphs/history.onnx", "outputs": {"y": "y", "rows": "h"}}
         steps = (GraphStep(inputs={"x": "x", "context": "h"}, **graph),)
-    kind = Kind(
-        graph="graphs/expert.onnx", tensors=layout.tensors, bytes=layout.bytes, scope="sequence"
+    plan = Plan(
+        inputs={"x": rows},
+        outputs={"y": rows, "rows": ValueSpec(dtype="f32", shape=("T", D), value="h")},
+        state={"h": StateSpec(dtype="f32", shape=("C", D), limit=LIMIT)},
+        prefill=steps,
+        decode=steps,
     )
-    return Manifest(
-        schema=SCHEMA,
-        name="hand-made",
-        version="1",
-        family="nobody-knows-it",
-        config={},
-        parameters=Parameters(total=E * D * D, active=E * D * D),
-        files={},
-        kinds={"sum": kind} if experts else {},
-        layers=(Layer(layer=0, kind="sum", experts=E, top_k=K),) if experts else (),
-        shards=(),
-        plan=Plan(
-            inputs={"x": rows},
-            outputs={"y": rows, "rows": ValueSpec(dtype="f32", shape=("T", D), value="h")},
-            state={"h": StateSpec(dtype="f32", shape=("C", D), limit=LIMIT)},
-            prefill=steps,
-            decode=steps,
-        ),
-    )
+    if not experts:
+        return manifest_of(plan)
+    kind = kind_of(layout, "graphs/expert.onnx", scope="sequence")
+    layer = Layer(layer=0, kind="sum", experts=E, top_k=K)
+    return manifest_of(plan, kinds={"sum": kind}, layers=(layer,))
 
 
 def write(path: Path, *, experts: bool = True) -> Path:
     layout = plan_shard("sum", "none", [("w", "f32", (D, D))])
-    with PackageWriter(path) as writer:
-        if experts:
-            writer.add_file("graphs/router.onnx", _router())
-            writer.add_file("graphs/expert.onnx", _expert())
-            for expert in range(E):
-                shard = encode_shard(layout, 0, expert, {"w": EXPERTS[expert]})
-                writer.add_shard(0, expert, shard)
-        else:
-            writer.add_file("graphs/history.onnx", _history())
-        writer.finish(_manifest(experts, layout))
-    return path
+    manifest = _manifest(experts, layout)
+    if not experts:
+        return write_package(path, manifest, {"graphs/history.onnx": _history()})
+    graphs = {"graphs/router.onnx": _router(), "graphs/expert.onnx": _expert()}
+    shards = [((0, expert), layout, {"w": EXPERTS[expert]}) for expert in range(E)]
+    return write_package(path, manifest, graphs, shards)
 
 
 def expected(x: np.ndarray, *, experts: bool) -> np.ndarray:
@@ -248,15 +229,8 @@ def test_paged_and_unpaged_give_the_same_bits(tmp_path: Path) -> None:
     ],
 )
 def test_structure(tmp_path: Path, change: Any, message: str) -> None:
-    raw = json.loads((write(tmp_path / "p") / "manifest.json").read_bytes())
-    assert [
-        p
-        for p in check_structure(parse_manifest(json.dumps(raw).encode()))
-        if p.code != "no-parity"
-    ] == []
-    change(raw)
-    problems = check_structure(parse_manifest(json.dumps(raw).encode()))
-    assert any(message in problem.message for problem in problems), problems
+    problems = problems_after(write(tmp_path / "p"), change)
+    assert any(message in problem for problem in problems), problems
 
 
 def test_inputs_must_be_those_of_the_graph(tmp_path: Path) -> None:

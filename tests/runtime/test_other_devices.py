@@ -17,13 +17,13 @@ import pytest
 from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_manifests.errors import InputError
 from evermind_manifests.manifest import DType, GraphStep, ValueSpec
-from evermind_manifests.writer import PackageWriter
 from evermind_runtime import model as model_module
 from evermind_runtime.devices import CpuDevice, host_value
 from evermind_runtime.state import State
 from msgspec.structs import replace
 
-from .test_buffers import LIMIT, WANT, D, X, hand_made, sums, write
+from .hand_made import manifest_of, write_package
+from .test_buffers import LIMIT, WANT, D, X, plan_of_sums, sums, write
 
 
 class Place:
@@ -116,17 +116,14 @@ def test_generation_goes_on_without_fetching_the_state(tmp_path: Path, apart: Ap
         inputs={"tokens": "tokens", "context": "h", "past": "so_far"},
         outputs={"logits": "logits", "new": "h"},
     )
-    manifest = hand_made()
     plan = replace(
-        manifest.plan,
+        plan_of_sums(),
         inputs={"tokens": ValueSpec(dtype="i64", shape=("T",), limit=11)},
         outputs={"logits": ValueSpec(dtype="f32", shape=("T", 11))},
         prefill=(step,),
         decode=(step,),
     )
-    with PackageWriter(tmp_path / "p") as writer:
-        writer.add_file("graphs/lm.onnx", b.build())
-        writer.finish(replace(manifest, plan=plan))
+    write_package(tmp_path / "p", manifest_of(plan), {"graphs/lm.onnx": b.build()})
     seen: list[int] = []
     with em.load(tmp_path / "p", device="apart") as model:
         state = model.new_state()

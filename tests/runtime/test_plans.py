@@ -16,19 +16,16 @@ from evermind_exporters.onnx_graph import GraphBuilder
 from evermind_exporters.resident import pack_resident
 from evermind_manifests.manifest import (
     RESIDENT_NAME,
-    SCHEMA,
     ExpertsStep,
     GraphStep,
-    Kind,
     Layer,
-    Manifest,
-    Parameters,
     Plan,
     Step,
     ValueSpec,
 )
-from evermind_manifests.shard import encode_shard, plan_shard
-from evermind_manifests.writer import PackageWriter
+from evermind_manifests.shard import plan_shard
+
+from tests.runtime.hand_made import kind_of, manifest_of, write_package
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -61,7 +58,7 @@ def expert_graph(scope: Scope) -> bytes:
     return b.build()
 
 
-def write_package(path: Path, scope: Scope) -> Path:
+def write(path: Path, scope: Scope) -> Path:
     resident, _ = pack_resident({f"router.{layer}": ROUTERS[layer] for layer in range(2)})
     layout = plan_shard("linear", "none", [("w", "f32", (D, D))])
     steps: list[Step] = []
@@ -91,40 +88,23 @@ def write_package(path: Path, scope: Scope) -> Path:
         prefill=tuple(steps),
         decode=tuple(steps),
     )
-    with PackageWriter(path) as writer:
-        writer.add_file("graphs/trunk.onnx", trunk_graph())
-        writer.add_file("graphs/expert.onnx", expert_graph(scope))
-        writer.add_file(RESIDENT_NAME, resident)
-        for layer in range(2):
-            for expert in range(E):
-                arrays = {"w": EXPERTS[layer, expert]}
-                writer.add_shard(layer, expert, encode_shard(layout, layer, expert, arrays))
-        writer.finish(
-            Manifest(
-                schema=SCHEMA,
-                name="hand-made",
-                version="1",
-                family="nobody-knows-it",
-                config={},
-                parameters=Parameters(total=2 * E * D * D, active=2 * K * D * D),
-                files={},
-                kinds={
-                    "linear": Kind(
-                        graph="graphs/expert.onnx",
-                        tensors=layout.tensors,
-                        bytes=layout.bytes,
-                        scope=scope,
-                    )
-                },
-                layers=tuple(
-                    Layer(layer=layer, kind="linear", experts=E, top_k=K) for layer in range(2)
-                ),
-                shards=(),
-                plan=plan,
-                resident=RESIDENT_NAME,
-            )
-        )
-    return path
+    manifest = manifest_of(
+        plan,
+        kinds={"linear": kind_of(layout, "graphs/expert.onnx", scope=scope)},
+        layers=tuple(Layer(layer=layer, kind="linear", experts=E, top_k=K) for layer in range(2)),
+        resident=RESIDENT_NAME,
+    )
+    files = {
+        "graphs/trunk.onnx": trunk_graph(),
+        "graphs/expert.onnx": expert_graph(scope),
+        RESIDENT_NAME: resident,
+    }
+    shards = [
+        ((layer, expert), layout, {"w": EXPERTS[layer, expert]})
+        for layer in range(2)
+        for expert in range(E)
+    ]
+    return write_package(path, manifest, files, shards)
 
 
 def expected(x: np.ndarray, scope: Scope) -> np.ndarray:
@@ -147,7 +127,7 @@ def expected(x: np.ndarray, scope: Scope) -> np.ndarray:
 @pytest.mark.parametrize("budget", ["25%", "100%"])
 def test_prefill(tmp_path: Path, scope: Scope, budget: str) -> None:
     x = RNG.normal(size=(9, D)).astype(np.float32)
-    with em.load(write_package(tmp_path / "p", scope), budget=budget) as model:
+    with em.load(write(tmp_path / "p", scope), budget=budget) as model:
         y = model.forward({"x": x})["y"]
     np.testing.assert_allclose(y, expected(x, scope), rtol=0, atol=1e-5 * np.abs(y).max())
 
@@ -157,14 +137,14 @@ def test_a_sequence_expert_is_never_cut_into_chunks(
 ) -> None:
     monkeypatch.setattr("evermind_runtime.model.PREFILL_CHUNK", 4)
     x = RNG.normal(size=(9, D)).astype(np.float32)
-    with em.load(write_package(tmp_path / "p", "sequence")) as model:
+    with em.load(write(tmp_path / "p", "sequence")) as model:
         y = model.forward({"x": x})["y"]
     np.testing.assert_allclose(y, expected(x, "sequence"), rtol=0, atol=1e-5 * np.abs(y).max())
 
 
 def test_decode_with_plain_experts_steps(tmp_path: Path) -> None:
     x = RNG.normal(size=(5, D)).astype(np.float32)
-    with em.load(write_package(tmp_path / "p", "token"), budget="25%") as model:
+    with em.load(write(tmp_path / "p", "token"), budget="25%") as model:
         decoded = model.forward({"x": x}, steps="decode")
         assert decoded["ids.1"].shape == (5, K)
         prefilled = model.forward({"x": x})
@@ -172,7 +152,7 @@ def test_decode_with_plain_experts_steps(tmp_path: Path) -> None:
 
 
 def test_only_what_is_wanted_is_computed(tmp_path: Path) -> None:
-    with em.load(write_package(tmp_path / "p", "token")) as model:
+    with em.load(write(tmp_path / "p", "token")) as model:
         x = RNG.normal(size=(3, D)).astype(np.float32)
         assert model.forward({"x": x}, outputs=[]) == {}
         assert model.stats().expert_misses == 0
