@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from evermind_exporters import ExportOptions, ModelSource, export_package
 from evermind_exporters.checkpoints import Family, read_checkpoint, validate_config
 from evermind_exporters.families import FAMILIES
+from evermind_manifests.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    encode_manifest,
+    parse_manifest,
+)
 from safetensors.numpy import save_file
 
 from evermind_pack.models import initial_tensors
@@ -62,6 +70,15 @@ def export(source: ModelSource, destination: Path, *, parity: bool = False, **op
     reference = parity_reference(source.family) if parity else None
     export_package(source, destination, ExportOptions(**options), reference=reference)
     return destination
+
+
+def put_file(package: Path, path: str, data: bytes) -> None:
+    """Give the package another file, or a new one, and its manifest the digest."""
+    (package / path).write_bytes(data)
+    manifest = parse_manifest((package / MANIFEST_NAME).read_bytes())
+    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    changed = msgspec.structs.replace(manifest, files={**manifest.files, path: entry})
+    (package / MANIFEST_NAME).write_bytes(encode_manifest(changed))
 
 
 LM_CONFIG = {

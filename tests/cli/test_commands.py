@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import signal
@@ -11,21 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-from evermind_manifests.manifest import FileEntry, encode_manifest, parse_manifest
 
 from evermind_pack.cli import COMMANDS, main
-from tests.packages import GOLDEN, golden_case
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+from tests.cli.command_line import call
+from tests.packages import GOLDEN, golden_case, put_file
 
 
 @pytest.fixture
@@ -208,14 +199,7 @@ def test_a_wrong_function_fails_the_run_level(lm: Path, capsys: pytest.CaptureFi
     ids = np.zeros(other["shape"], dtype="<i8")
     other["data"] = base64.b64encode(ids.tobytes()).decode()
     parity["cases"][0]["inputs"]["tokens"] = other
-    data = json.dumps(parity).encode()
-    (lm / "parity.json").write_bytes(data)
-    manifest = parse_manifest((lm / "manifest.json").read_bytes())
-    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    files = {**manifest.files, "parity.json": entry}
-    (lm / "manifest.json").write_bytes(
-        encode_manifest(msgspec.structs.replace(manifest, files=files))
-    )
+    put_file(lm, "parity.json", json.dumps(parity).encode())
     assert call(capsys, "validate", lm, "--deep")[0] == 0
     code, out, _ = call(capsys, "validate", lm, "--run", "--json")
     assert code == 1

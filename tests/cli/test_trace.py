@@ -14,15 +14,14 @@ import pytest
 from evermind_runtime.trace import read_trace
 
 from evermind_pack.cli import main
+from tests.cli import command_line
 from tests.packages import LM_CONFIG, export, lm_source, random_source
 
 OLMOE = Path(__file__).parent.parent / "fixtures" / "traces" / "olmoe_299.jsonl"
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    code = main(["trace", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return command_line.call(capsys, "trace", *arguments)
 
 
 @pytest.fixture(scope="module")

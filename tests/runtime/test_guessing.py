@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.packages import export, random_source
+from tests.runtime.paging import same_bits, settle
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -48,13 +49,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(random_source("evermind-lm", CONFIG), tmp_path_factory.mktemp("guess") / "lm")
 
 
-def settled(model: em.Model) -> None:
-    deadline = time.monotonic() + 20
-    while model._pager.slots.loading:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("io", ["buffered", "direct"])
 def test_guesses_change_no_bit(package: Path, io: Any) -> None:
     with load(package, budget="50%", guess="off") as model:
@@ -62,9 +56,8 @@ def test_guesses_change_no_bit(package: Path, io: Any) -> None:
         assert model.stats().prefetches == 0
     with load(package, budget="50%", io=io) as model:
         for _ in range(2):
-            found = model.forward(TOKENS, steps="decode")
-            assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
-        settled(model)
+            assert same_bits(model.forward(TOKENS, steps="decode"), expected)
+        settle(model)
         stats = model.stats()
         assert stats.peak_resident_expert_bytes <= model.budget
         assert stats.prefetches_used <= stats.prefetches
@@ -78,7 +71,7 @@ def test_what_was_guessed_right_is_there_when_it_is_needed(package: Path) -> Non
         pager.routed(0, [[0, 1]])
         with pager.acquire(0, [0, 1]):
             pager.guess(1, [4, 2])
-            settled(model)
+            settle(model)
         # It stays, whatever else is read, until its layer has run.
         for others in ([2, 3], [4, 5], [0, 1]):
             with pager.acquire(2, others):
@@ -118,7 +111,7 @@ def test_a_guess_yields_to_a_step(package: Path) -> None:
         assert begun.wait(timeout=30)
         with pager.acquire(0, [0]):
             pass
-        settled(model)
+        settle(model)
         assert pieces == [1 << 20]
         assert (1, 3) not in pager.slots.resident
         assert model.stats().prefetch_wasted_bytes == 1 << 20
@@ -140,7 +133,7 @@ def test_a_guess_never_takes_the_room_of_a_step(package: Path) -> None:
 def test_what_is_no_expert_is_passed_over(package: Path) -> None:
     with load(package, budget="50%") as model:
         model._pager.guess(1, [-1, 6, 2**40, 3, 3])
-        settled(model)
+        settle(model)
         assert model._pager.slots.resident.keys() == {(1, 3)}
 
 
@@ -148,7 +141,7 @@ def test_nothing_is_guessed_while_the_page_cache_has_what_is_missing(package: Pa
     with em.load(package, plan="paged", budget="50%") as model:
         for _ in range(3):
             model.forward(TOKENS, steps="decode")
-        settled(model)
+        settle(model)
         assert not model._pager.guesses(1)
         guessed = model.stats().prefetches
         model.forward(TOKENS, steps="decode")
@@ -183,7 +176,7 @@ def test_guesses_that_are_mostly_wrong_turn_themselves_off(package: Path) -> Non
         while pager.guesses(1):
             for right, guess in (([0, 1], [2, 3]), ([2, 3], [4, 5]), ([4, 5], [0, 1])):
                 pager.guess(1, guess)
-                settled(model)
+                settle(model)
                 pager.routed(1, [right])
                 with pager.acquire(1, right), pager.acquire(0, [0, 1]), pager.acquire(2, [0, 1]):
                     pass

@@ -11,6 +11,7 @@ import pytest
 from evermind_runtime import devices, open_engine
 
 from tests.packages import export, random_source
+from tests.runtime.paging import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -55,8 +56,7 @@ def test_any_budget_gives_the_same_bits(package: Path, budget: str, cold: bool) 
         expected = model.forward(TOKENS, steps="decode")
     with load(package, budget=budget, cold=cold) as model:
         for _ in range(3):
-            found = model.forward(TOKENS, steps="decode")
-            assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+            assert same_bits(model.forward(TOKENS, steps="decode"), expected)
         stats = model.stats()
         assert stats.peak_resident_expert_bytes <= model.budget
         assert model._pager.slots.pinned == 0

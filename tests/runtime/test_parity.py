@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from evermind_manifests.errors import ClosedError
-from evermind_manifests.manifest import FileEntry, encode_manifest, parse_manifest
 from evermind_manifests.package import open_package
 from evermind_manifests.problems import Problem
 from evermind_runtime.model import Model
 from evermind_runtime.parity import parity_problems
 
-from tests.packages import export, golden_source
+from tests.packages import export, golden_source, put_file
 
 Case = dict[str, Any]
 
@@ -36,13 +33,7 @@ def problems(package: Path) -> list[Problem]:
 
 def rewrite(package: Path, text: str) -> None:
     """Give the package another parity file, its digest set right."""
-    data = text.encode()
-    (package / "parity.json").write_bytes(data)
-    manifest = parse_manifest((package / "manifest.json").read_bytes())
-    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    files = {**manifest.files, "parity.json": entry}
-    changed = msgspec.structs.replace(manifest, files=files)
-    (package / "manifest.json").write_bytes(encode_manifest(changed))
+    put_file(package, "parity.json", text.encode())
 
 
 def array(values: Any, dtype: str) -> dict[str, Any]:

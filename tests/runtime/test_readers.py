@@ -34,6 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.packages import export, random_source
+from tests.runtime.paging import check_idle, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -75,29 +76,6 @@ def watch(model: em.Model, around: Callable[[Read, str, int, memoryview], None])
     store.read_into = lambda *read: around(honest, *read)  # type: ignore[method-assign]
 
 
-def check_idle(model: em.Model) -> None:
-    """No pin, no read, and every slot in its one place."""
-    table = model._pager.slots
-    deadline = time.monotonic() + 10
-    while table.loading and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not table.loading
-    # What the next one who needs room would do first.
-    model._pager._reclaim()
-    assert table.pinned == 0
-    assert all(slot.pins == 0 for slot in table.all)
-    lying = [*table.resident.values(), *table._free]
-    assert sorted(map(id, lying)) == sorted(map(id, table.all))
-    assert all(slot.valid for slot in table.resident.values())
-    assert len(table.all) * table.all[0].bytes <= model.budget if table.all else True
-    assert not model._pager._waiting
-    assert model._pager._demands == 0
-
-
-def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    return all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
-
-
 @pytest.mark.parametrize("io", ["buffered", "direct"])
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_paged_runs_give_the_same_bits(
@@ -106,7 +84,7 @@ def test_paged_runs_give_the_same_bits(
     with load(package, budget=count * slot_size(package), io=io) as model:
         for _ in range(2):
             for steps in ("prefill", "decode"):
-                assert same(model.forward(TOKENS, steps=steps), expected[steps])  # type: ignore[arg-type]
+                assert same_bits(model.forward(TOKENS, steps=steps), expected[steps])  # type: ignore[arg-type]
         stats = model.stats()
         assert stats.io == io
         assert stats.peak_resident_expert_bytes <= model.budget
@@ -129,7 +107,7 @@ def test_slow_and_uneven_reads_change_no_bit(
     inputs = {"tokens": tokens}
     with load(package) as whole, load(package, budget=count * slot_size(package)) as model:
         watch(model, slow)
-        assert same(model.forward(inputs, steps=steps), whole.forward(inputs, steps=steps))
+        assert same_bits(model.forward(inputs, steps=steps), whole.forward(inputs, steps=steps))
         held = sum(slot.bytes for slot in model._pager.slots.all)
         assert held <= model.stats().peak_resident_expert_bytes <= model.budget
         check_idle(model)
@@ -207,7 +185,7 @@ def test_an_error_in_any_read_reaches_the_caller(
             model.forward(TOKENS, steps=steps)
         check_idle(model)
         broken.clear()
-        assert same(model.forward(TOKENS, steps=steps), expected[steps])
+        assert same_bits(model.forward(TOKENS, steps=steps), expected[steps])
 
 
 def test_a_wrong_digest_is_read_again_once_and_then_named(package: Path) -> None:
@@ -246,7 +224,7 @@ def test_threads_under_a_tiny_budget_with_a_failing_store(
         def work(steps: Literal["prefill", "decode"]) -> None:
             for _ in range(4):
                 try:
-                    right = same(model.forward(TOKENS, steps=steps), expected[steps])
+                    right = same_bits(model.forward(TOKENS, steps=steps), expected[steps])
                     outcomes.append("right" if right else "wrong")
                 except IntegrityError:
                     outcomes.append("failed")
@@ -283,7 +261,7 @@ def test_a_forked_process_leaves_its_parents_experts_alone(
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
             assert bytes(view) == before
-        assert same(model.forward(TOKENS), expected["prefill"])
+        assert same_bits(model.forward(TOKENS), expected["prefill"])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -308,7 +286,7 @@ def test_a_forked_process_cannot_use_its_parents_model(
                     said.append(1)
                 model.close()
                 with load(package, budget="34%") as own:
-                    said.append(int(same(own.forward(TOKENS), expected["prefill"])))
+                    said.append(int(same_bits(own.forward(TOKENS), expected["prefill"])))
             finally:
                 os.write(tell, bytes(said))
                 os._exit(0)
@@ -316,7 +294,7 @@ def test_a_forked_process_cannot_use_its_parents_model(
         assert os.waitpid(child, 0)[1] == 0
         assert os.read(told, 9) == bytes([1, 1, 1, 1])
         os.close(told)
-        assert same(model.forward(TOKENS), expected["prefill"])
+        assert same_bits(model.forward(TOKENS), expected["prefill"])
 
 
 @pytest.mark.parametrize("steps", ["prefill", "decode"])
@@ -346,7 +324,7 @@ def test_ctrl_c_in_a_read_leaves_nothing_behind(
                 assert left == 0
             check_idle(model)
             left = 0
-            assert same(model.forward(TOKENS, steps=steps), expected[steps])
+            assert same_bits(model.forward(TOKENS, steps=steps), expected[steps])
 
 
 @pytest.fixture
@@ -396,7 +374,7 @@ def test_ctrl_c_anywhere_in_the_pager_leaves_nothing_behind(
         else:
             pytest.fail("never came to an end")
         assert after > 40
-        assert same(model.forward(inputs, steps=steps), right)
+        assert same_bits(model.forward(inputs, steps=steps), right)
 
 
 def test_ctrl_c_before_pins_are_let_go(package: Path, expected: dict[str, Any]) -> None:
@@ -405,7 +383,7 @@ def test_ctrl_c_before_pins_are_let_go(package: Path, expected: dict[str, Any]) 
         own.__enter__()
         del own  # as when its `with` never came to `__exit__`
         assert model._pager.slots.pinned == 2
-        assert same(model.forward(TOKENS), expected["prefill"])
+        assert same_bits(model.forward(TOKENS), expected["prefill"])
         check_idle(model)
     assert not hasattr(pager.Pins, "__del__")
 
@@ -510,7 +488,7 @@ def test_a_file_system_without_direct_reads_is_read_buffered(
         model._package.store.open_extent = refuse(code)  # type: ignore[attr-defined]
         model._pager.reader._files._open = refuse(code)
         assert model.stats().io == "direct"
-        assert same(model.forward(TOKENS), expected["prefill"])
+        assert same_bits(model.forward(TOKENS), expected["prefill"])
         assert model.stats().io == "buffered"
         assert "refused" in model.stats().io_note
     monkeypatch.setattr(kind, "open_extent", staticmethod(refuse(code)))
@@ -540,7 +518,7 @@ def test_a_shard_cut_short_is_named_by_direct_reads_too(package: Path, tmp_path:
 def test_every_layout_can_be_read_directly(tmp_path: Path, layout: Any, suffix: str) -> None:
     path = export(random_source("evermind-lm", CONFIG), tmp_path / f"lm{suffix}", layout=layout)
     with load(path) as whole, load(path, budget="50%", io="direct") as model:
-        assert same(model.forward(TOKENS), whole.forward(TOKENS))
+        assert same_bits(model.forward(TOKENS), whole.forward(TOKENS))
         assert model.stats().io == "direct"
 
 
@@ -560,5 +538,5 @@ def test_neighbours_in_a_pool_are_one_read(tmp_path: Path, monkeypatch: pytest.M
     # A quarter of the slots at once.
     assert max(reads) == LAYERS * EXPERTS // 4
     with load(path, budget="50%", verify="always") as model:
-        assert same(model.forward(TOKENS), whole)
+        assert same_bits(model.forward(TOKENS), whole)
         check_idle(model)

@@ -22,6 +22,7 @@ from evermind_runtime import jobs, onnx_runtime, open_engine, pager, side_by_sid
 from evermind_runtime.side_by_side import SideBySide
 
 from tests.packages import export, random_source
+from tests.runtime.paging import check_idle, same_bits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning"),
@@ -75,20 +76,6 @@ def helped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return experts
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    return all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
-
-
-def check_idle(model: em.Model) -> None:
-    """Once what is read ahead is there: nothing is pinned, no thread of the pool is taken."""
-    deadline = time.monotonic() + 60
-    while model._pager.slots.loading or onnx_runtime._workers_taken:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    model._pager._reclaim()
-    assert model._pager.slots.pinned == 0
-
-
 @pytest.mark.parametrize("budget", [None, "25%", "40%"])
 @pytest.mark.parametrize("cold", [True, False])
 def test_helpers_change_no_bit(
@@ -98,7 +85,7 @@ def test_helpers_change_no_bit(
         if cold:
             model._pager.reader._nowait = False
         for _ in range(3):
-            assert same(model.forward(TOKENS, steps="decode"), alone)
+            assert same_bits(model.forward(TOKENS, steps="decode"), alone)
             check_idle(model)
         assert helped
         assert model.stats().peak_resident_expert_bytes <= model.budget
@@ -116,7 +103,7 @@ def test_whoever_is_faster_changes_no_bit(
     monkeypatch.setattr(SideBySide, "_keep", keep)
     with em.load(package, budget="40%") as model:
         for _ in range(3):
-            assert same(model.forward(TOKENS, steps="decode"), alone)
+            assert same_bits(model.forward(TOKENS, steps="decode"), alone)
 
 
 def test_requests_of_several_threads_share_the_least_budget(
@@ -128,7 +115,7 @@ def test_requests_of_several_threads_share_the_least_budget(
 
         def work() -> None:
             for _ in range(3):
-                found.append(same(model.forward(TOKENS, steps="decode"), alone))
+                found.append(same_bits(model.forward(TOKENS, steps="decode"), alone))
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
         for thread in threads:
@@ -159,7 +146,7 @@ def test_an_error_on_a_thread_of_the_pool_is_the_callers(
             ):
                 model.forward(TOKENS, steps="decode", state=state)
         check_idle(model)
-        assert same(model.forward(TOKENS, steps="decode", state=state), alone)
+        assert same_bits(model.forward(TOKENS, steps="decode", state=state), alone)
 
 
 def test_an_error_of_the_caller_waits_for_helpers(
@@ -183,7 +170,7 @@ def test_an_error_of_the_caller_waits_for_helpers(
                 model.forward(TOKENS, steps="decode")
             assert len(helped) == 1
         check_idle(model)
-        assert same(model.forward(TOKENS, steps="decode"), alone)
+        assert same_bits(model.forward(TOKENS, steps="decode"), alone)
 
 
 def test_a_damaged_expert_is_told_while_others_run(package: Path, tmp_path: Path) -> None:
@@ -248,7 +235,7 @@ def test_ctrl_c_anywhere_leaves_nothing_behind(
         else:
             pytest.fail("never came to an end")
         assert after > 40
-        assert same(model.forward(token, steps="decode"), right)
+        assert same_bits(model.forward(token, steps="decode"), right)
 
 
 def test_only_large_experts_in_bfloat16_run_so(
@@ -275,5 +262,5 @@ def test_a_forked_process_has_no_threads_to_help(package: Path, alone: dict[str,
         if not child:
             signal.alarm(60)  # kills a child that waits for threads it has not got
             own = em.load(package, plan="half")
-            os._exit(0 if same(own.forward(TOKENS, steps="decode"), alone) else 1)
+            os._exit(0 if same_bits(own.forward(TOKENS, steps="decode"), alone) else 1)
         assert os.waitpid(child, 0)[1] == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -15,11 +14,12 @@ import evermind_runtime as em
 import numpy as np
 import pytest
 from evermind_manifests.errors import InputError
-from evermind_manifests.manifest import FileEntry, encode_manifest, parse_manifest
 from evermind_runtime.layers import ExpertLayer, expert_layers
 from evermind_runtime.profile import encode_profile, parse_profile, profile_of, read_profile
 from evermind_runtime.trace import Trace, TraceStep, TraceWriter, read_trace
 from msgspec.structs import replace
+
+from tests.packages import put_file
 
 LAYERS = (
     ExpertLayer(layer=0, experts=4, top_k=2, bytes=64),
@@ -220,15 +220,9 @@ def test_the_package_may_bring_its_profile(lm_package: Path, tmp_path: Path) -> 
     with em.load(lm_package) as model:
         model.trace(tmp_path / "t")
         expected = [p.token for p in model.generate([1, 2], max_new_tokens=20)]
-    data = encode_profile(profile_of(read_trace(tmp_path / "t")))
-    manifest = parse_manifest((lm_package / "manifest.json").read_bytes())
     package = tmp_path / "p"
     shutil.copytree(lm_package, package)
-    (package / "profile.json").write_bytes(data)
-    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (package / "manifest.json").write_bytes(
-        encode_manifest(replace(manifest, files={**manifest.files, "profile.json": entry}))
-    )
+    put_file(package, "profile.json", encode_profile(profile_of(read_trace(tmp_path / "t"))))
     with em.load(package, budget="50%", policy="pinned") as model:
         assert [p.token for p in model.generate([1, 2], max_new_tokens=20)] == expected
         assert model.stats().evictions > 0
