@@ -45,29 +45,50 @@ def stages(*, quiet: bool = False) -> Iterator[tuple[Callable[[str], None], Prog
         return
     with bar:
         task = bar.add_task("", total=None)
-        yield (
-            lambda text: bar.reset(task, total=None, description=text),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def begin(text: str) -> None:
+            nonlocal task
+            bar.remove_task(task)
+            task = bar.add_task(text, total=None)
+
+        yield begin, lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _bar(unit: Unit) -> Bar | None:
-    """A bar with the time left; None where stderr is no terminal, or rich is not installed."""
+    """A bar with the time left, or, of what has no end yet, the time it took so far.
+
+    None where stderr is no terminal, or rich is not installed.
+    """
     if not sys.stderr.isatty():
         return None
     try:
         from rich import progress as rich
-        from rich.console import Console
+        from rich.console import Console, RenderableType
+        from rich.text import Text
     except ImportError:
         return None
-    counts: tuple[Any, ...] = (rich.MofNCompleteColumn(),)
+
+    class Counted(rich.ProgressColumn):
+        """A column for work that is counted, and what stands there for other work."""
+
+        def __init__(
+            self, counted: rich.ProgressColumn, other: rich.ProgressColumn | None = None
+        ) -> None:
+            super().__init__()
+            self._counted, self._other = counted, other
+
+        def render(self, task: rich.Task) -> RenderableType:
+            column = self._counted if task.total is not None else self._other
+            return column.render(task) if column else Text("")
+
+    counts: tuple[rich.ProgressColumn, ...] = (rich.MofNCompleteColumn(),)
     if unit == "bytes":
         counts = (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
     columns = (
         rich.TextColumn("{task.description}"),
         rich.BarColumn(),
-        *counts,
-        rich.TimeRemainingColumn(),
+        *(Counted(column) for column in counts),
+        Counted(rich.TimeRemainingColumn(), rich.TimeElapsedColumn()),
     )
     # This stderr, and not what it is for a while when a library's reports are kept off it.
     return rich.Progress(*columns, console=Console(file=sys.stderr), transient=True)

@@ -29,7 +29,7 @@ def render_card(manifest: Manifest) -> str:
         _configuration(manifest),
         "## Use it\n\n"
         "```sh\n"
-        "pip install 'evermind-pack[cpu]'\n"
+        f"pip install 'evermind-pack[{_extras(manifest)}]'\n"
         "evermind-pack validate . --deep --run\n"
         f"{_run_command(manifest)}\n"
         "```",
@@ -123,9 +123,17 @@ def _configuration(manifest: Manifest) -> str:
     return f"## Configuration\n\n{table}"
 
 
+def _extras(manifest: Manifest) -> str:
+    tokenizer = manifest.tokenizer
+    return "cpu,text" if tokenizer is not None and tokenizer.kind == "tokenizers" else "cpu"
+
+
 def _run_command(manifest: Manifest) -> str:
     if _generates_text(manifest):
-        prompt = "--tokens 1,2,3" if manifest.tokenizer is None else "--prompt 'Once upon a time'"
+        tokenizer = manifest.tokenizer
+        if tokenizer is not None and tokenizer.chat_templates:
+            return "evermind-pack run . --chat"
+        prompt = "--tokens 1,2,3" if tokenizer is None else "--prompt 'Once upon a time'"
         return f"evermind-pack run . {prompt} --max-new 64"
     return "evermind-pack run . --inputs inputs.npz --outputs outputs.npz"
 

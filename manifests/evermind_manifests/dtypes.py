@@ -212,5 +212,5 @@ def _refuse_overflow(
         raise ContentError(
             f"{count} of {array.size} finite values do not fit {dtype}; the largest magnitude is"
             f" {largest:g}",
-            hint="Export with --dtype bf16 or --dtype f32.",
+            hint="Store weights with --dtype bf16 or --dtype f32.",
         )

@@ -111,3 +111,21 @@ def test_special_tokens_templates_and_ids_of_a_checkpoint(tmp_path: Path) -> Non
     assert codec.encode(rendered, special=False) == expected
     assert expected.count(theirs.bos_token_id) == 1
     assert codec.encode(rendered).count(theirs.bos_token_id) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "note"),
+    [
+        ("{% for x in %}", "line 1: Expected an expression"),
+        ("{{ raise_exception('a system message first') }}", "a system message first"),
+        ("{{ messages[0].content }}", None),
+    ],
+)
+def test_an_import_says_which_template_will_fail(
+    tmp_path: Path, template: str, note: str | None
+) -> None:
+    folder = write_kind(tmp_path, "byte-level")
+    (folder / "chat_template.jinja").write_text(template)
+    notes = [one for one in read_text(folder, 1000).notes if "--chat" in one]
+    assert len(notes) == (note is not None)
+    assert all((note or "") in one for one in notes)

@@ -138,6 +138,32 @@ def test_a_configuration_that_makes_no_model_is_refused(
     assert not (tmp_path / "package").exists()
 
 
+def test_damaged_texts_are_refused_before_the_long_part(
+    imported: Callable[[str], Imported], tmp_path: Path
+) -> None:
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+
+    source = imported("olmoe").checkpoint
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(source / name)
+    (tmp_path / "generation_config.json").write_text('{"temperature": "hot"}')
+    stages: list[str] = []
+    with pytest.raises(CheckpointError, match="temperature"):
+        import_checkpoint(tmp_path, tmp_path / "package", stage=stages.append)
+    assert stages == ["reading the checkpoint"]
+
+
+def test_a_weight_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    from evermind_exporters.huggingface.reference import stored
+
+    stacked = np.ones((2, 4, 3), np.float32)
+    stacked[1, 2, 0] = 1e6
+    checkpoint = Checkpoint(folder_with(tmp_path, {"a.safetensors": {"w": stacked}}))
+    assert stored(checkpoint, Rows("w", 0, 0, 4), "f16").shape == (4, 3)
+    with pytest.raises(ExportError, match=r"w, expert 1: 1 of 12 finite values do not fit f16"):
+        stored(checkpoint, Rows("w", 1, 0, 4), "f16")
+
+
 def test_expert_weights_are_kept_bit_by_bit(imported: Callable[[str], Imported]) -> None:
     made = imported("mixtral")
     tensors = {}

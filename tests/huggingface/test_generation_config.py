@@ -170,3 +170,12 @@ def test_templates_that_are_none_are_refused(tmp_path: Path, value: Any, message
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(CheckpointError, match=message):
         read_chat_templates(tmp_path)
+
+
+def test_a_missing_tokenizer_is_told_of_beside_other_notes(tmp_path: Path) -> None:
+    from evermind_exporters.huggingface.text import read_text
+
+    read(tmp_path, {"num_beams": 4})
+    notes = read_text(tmp_path, 100).notes
+    assert any("num_beams" in note for note in notes)
+    assert any("has no tokenizer" in note for note in notes)

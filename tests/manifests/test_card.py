@@ -8,7 +8,7 @@ import re
 import msgspec
 import pytest
 from evermind_manifests.card import render_card
-from evermind_manifests.manifest import Card, Manifest, ValueSpec
+from evermind_manifests.manifest import Card, Manifest, Tokenizer, ValueSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,3 +123,23 @@ def test_any_words_are_read_back_from_the_front_matter(license: str, datasets: l
     assert found.get("datasets", []) == datasets
     assert text.split("\n---\n")[0].isascii()
     assert text.split("\n---\n")[0].replace("\n", "").isprintable()
+
+
+def test_the_commands_fit_what_the_package_has() -> None:
+    text = (
+        {"tokens": ValueSpec(dtype="i64", shape=("T",))},
+        {"logits": ValueSpec(dtype="f32", shape=("T", 9))},
+    )
+    plan = msgspec.structs.replace(tiny_manifest().plan, inputs=text[0], outputs=text[1])
+    plain = msgspec.structs.replace(tiny_manifest(), plan=plan)
+    tokenizer = Tokenizer(kind="tokenizers", file="tokenizer.json")
+    templates = {"default": "chat_template.jinja"}
+    chat = msgspec.structs.replace(tokenizer, chat_templates=templates)
+    for found, extras, command in (
+        (None, "cpu", "run . --tokens"),
+        (tokenizer, "cpu,text", "run . --prompt"),
+        (chat, "cpu,text", "run . --chat"),
+    ):
+        card = render_card(msgspec.structs.replace(plain, tokenizer=found))
+        assert f"pip install 'evermind-pack[{extras}]'" in card
+        assert command in card

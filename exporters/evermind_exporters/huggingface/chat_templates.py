@@ -7,11 +7,14 @@ where there is no such file the field `chat_template`, a text or a list of `{nam
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from evermind_manifests.errors import CheckpointError
+from evermind_manifests.errors import CheckpointError, InputError, TemplateError
 from evermind_manifests.location import read_head
+from evermind_runtime.template_process import TemplateProcess
 
 from .checkpoint import read_json
 
@@ -43,6 +46,23 @@ def read_chat_templates(folder: Path) -> dict[str, bytes]:
     for name, data in found.items():
         _check(name, data, folder)
     return found
+
+
+def why_not(template: bytes, special_tokens: Mapping[str, str]) -> str | None:
+    """Why a template makes no text of one message of a user, in a sentence; None where it does."""
+    values = {
+        **special_tokens,
+        "documents": None,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "tools": None,
+        "add_generation_prompt": True,
+    }
+    with closing(TemplateProcess()) as process:
+        try:
+            process.render(template.decode(), values)
+        except (InputError, TemplateError) as error:
+            return error.message
+    return None
 
 
 def template_path(name: str) -> str:

@@ -53,7 +53,7 @@ from .resident_file import ResidentFile
 from .room import check_room, package_parts
 from .skeleton import looked_up, skeleton
 from .states import LOGITS, TOKENS
-from .text import read_text
+from .text import Text, read_text
 from .trace import empty_model, require_transformers, trace
 from .trunk import ImportDType, Trunk, wanted_dtype
 from .variant import HalfModel, half_of, tolerance
@@ -159,6 +159,8 @@ def import_checkpoint(
         compute = half_of(stored_as, modules, trunk) if options.compute == "both" else None
         kept = _resume(writer, checkpoint, options, tell, progress)
         text = model.config.get_text_config()
+        # Before the long part of the work, as it may be damaged.
+        said = read_text(folder, getattr(text, "vocab_size", None) or 0)
         places = trunk.places()
         left = kept_tensors(checkpoint, places, layers)
         parts = package_parts(kinds, modules, trunk.weights, left, _parity_logits(text))
@@ -177,7 +179,9 @@ def import_checkpoint(
         if not any(spec.is_buffer for spec in cut.states.values()):
             tell("keeping caches as they are exported, which is slower: see docs/huggingface.md")
         unread = looked_up(model)
-        package = _Draft(checkpoint, options, modules, kinds, cut, half, trunk.parameters, unread)
+        package = _Draft(
+            checkpoint, options, modules, kinds, cut, half, trunk.parameters, unread, said
+        )
         tell("computing what transformers gives")
         reference = Reference(model, modules, layers, checkpoint, stored_as, trunk)
         count = _parity_tokens(text, package.vocabulary)
@@ -273,6 +277,7 @@ class _Draft:
         half: HalfModel | None,
         trunk: int,
         looked_up: int,
+        text: Text,
     ) -> None:
         cuts = [cut] if half is None else [cut, half.cut]
         for one in cuts:
@@ -298,7 +303,11 @@ class _Draft:
         )
         self.vocabulary = int(cut.values[LOGITS].dims[1])
         self.resident = ResidentFile(cuts)
-        self.text = read_text(checkpoint.folder, self.vocabulary)
+        self.text = (
+            text
+            if text.vocabulary == self.vocabulary
+            else read_text(checkpoint.folder, self.vocabulary)
+        )
         #: Every file but shards, parity and manifest, by path.
         self.files: dict[str, bytes] = {}
         self._add_graphs(cut, kinds.fused, self.resident.index(0), "")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from evermind_manifests import dtypes
-from evermind_manifests.errors import UnsupportedError
+from evermind_manifests.errors import ContentError, UnsupportedError
 from evermind_manifests.manifest import DType
 
 from .checkpoint import Checkpoint, Rows
@@ -125,11 +125,18 @@ class _Stack:
 
 
 def stored(checkpoint: Checkpoint, rows: Rows, dtype: DType) -> npt.NDArray[Any]:
-    """The rows in `dtype`: untouched if the checkpoint has them in it, else rounded to it."""
+    """The rows in `dtype`: untouched if the checkpoint has them in it, else rounded to it.
+
+    Raises `ContentError` where a finite value would become infinite.
+    """
     array, found = checkpoint.read(rows), checkpoint.dtype(rows.name)
     if found == dtype:
         return array
-    return dtypes.encode(as_float(array, found), dtype)
+    try:
+        return dtypes.encode(as_float(array, found), dtype)
+    except ContentError as error:
+        place = rows.name if rows.expert is None else f"{rows.name}, expert {rows.expert}"
+        raise ContentError(f"{place}: {error.message}", hint=error.hint) from error
 
 
 def as_float(array: npt.NDArray[Any], dtype: DType) -> npt.NDArray[np.float32]:

@@ -16,7 +16,13 @@ from typing import Any
 from evermind_manifests.errors import CheckpointError, UnsupportedError
 from evermind_manifests.manifest import Generation, Tokenizer
 
-from .chat_templates import TOKENIZER_CONFIG_NAME, read_chat_templates, template_path
+from .chat_templates import (
+    DEFAULT,
+    TOKENIZER_CONFIG_NAME,
+    read_chat_templates,
+    template_path,
+    why_not,
+)
 from .checkpoint import read_json
 from .generation_config import GENERATION_NAME, read_generation
 from .quiet import quiet
@@ -48,8 +54,12 @@ _MAX_SPECIAL = 1024
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A package's files about text, its manifest's fields, and notes on what is not carried."""
+    """A package's files about text, its manifest's fields, and notes on what is not carried.
 
+    `vocabulary` is how many tokens the model has that it was read for.
+    """
+
+    vocabulary: int
     generation: Generation
     tokenizer: Tokenizer | None = None
     files: dict[str, bytes] = field(default_factory=dict)
@@ -69,19 +79,21 @@ def read_text(folder: Path, vocabulary: int) -> Text:
     }
     notes: list[str] = []
     found = _tokenizer(folder, notes)
+    if found is None and not notes:
+        notes.append("the checkpoint has no tokenizer: `run` will take --tokens, and no text")
     eos = found.eos if found and found.eos is not None and found.eos < vocabulary else None
     generation, remarks = read_generation(folder, vocabulary, eos)
     notes += remarks
     if found is None:
-        if not notes:
-            notes.append("the checkpoint has no tokenizer: `run` will take --tokens, and no text")
-        return Text(generation, files=files, notes=tuple(notes))
+        return Text(vocabulary, generation, files=files, notes=tuple(notes))
     if found.size > vocabulary:
         notes.append(
             f"the tokenizer has {found.size:,} tokens, the model {vocabulary:,}: text with a "
             "token that the model does not know is refused"
         )
     templates = read_chat_templates(folder)
+    if DEFAULT in templates and (reason := why_not(templates[DEFAULT], found.special)):
+        notes.append(f"`run --chat` will fail with one message of a user alone: {reason}")
     files[TOKENIZER_NAME] = found.data
     files |= {template_path(name): data for name, data in templates.items()}
     tokenizer = Tokenizer(
@@ -90,7 +102,7 @@ def read_text(folder: Path, vocabulary: int) -> Text:
         chat_templates={name: template_path(name) for name in sorted(templates)},
         special_tokens=found.special,
     )
-    return Text(generation, tokenizer, files, tuple(notes))
+    return Text(vocabulary, generation, tokenizer, files, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
