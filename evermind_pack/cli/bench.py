@@ -415,7 +415,10 @@ def _remarks(facts: dict[str, Any], routing: str) -> list[str]:
 
 
 def _plot(
-    path: Path, subject: Subject, reports: list[Report], foresee: Callable[[int], Prediction]
+    path: Path,
+    subject: Subject,
+    reports: list[Report],
+    foresee: Callable[[int | None], Prediction],
 ) -> None:
     sizes = subject.sizes
     total, least = sizes.all_expert_bytes, sizes.least_budget
@@ -425,7 +428,11 @@ def _plot(
     curve = []
     for budget in grid:
         with suppress(BudgetError):  # a plan may need more than some of these
-            curve.append(foresee(budget).forecast)
+            curve.append((budget, foresee(budget).forecast))
+    most = max(one.budget for one in reports)
+    if curve and most > total:
+        # Pools take more than what is stored: up to there the plan stays what it was.
+        curve += [(most, curve[-1][1]), (most, foresee(None).forecast)]
     plot_speeds(
         path,
         f"{subject.name}: speed over budget",
@@ -440,8 +447,8 @@ def _plot(
         ],
         bound=[(one.budget / total, one.bound) for one in reports],
         forecast=[
-            (one.share, one.tokens_per_second.even, one.tokens_per_second.skewed)
-            for one in curve or [one.forecast for one in reports]
+            (budget / total, one.tokens_per_second.even, one.tokens_per_second.skewed)
+            for budget, one in curve or [(one.budget, one.forecast) for one in reports]
         ],
         cycle=sizes.cycle_bytes / total,
     )

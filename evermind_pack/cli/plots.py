@@ -98,7 +98,7 @@ def plot_speeds(
         [skewed for _, _, skewed in forecast],
         color=_COLOURS[4],
         alpha=0.3,
-        linewidth=0,
+        linewidth=2,  # where both ends are one, too
         label="forecast, even to skewed routing",
     )
     points = sorted(measured)
@@ -132,7 +132,7 @@ def plot_speeds(
     axes.set(xlabel="budget, % of all experts", ylabel="tokens/s", title=title)
     shares = [share for share, *_ in points]
     # The ends too, where their numbers do not run into others.
-    ends = (forecast[0][0], forecast[-1][0])
+    ends = (forecast[0][0], 1.0)
     shares += [end for end in ends if all(not 0.8 < end / share < 1.25 for share in shares)]
     ticks = sorted({round(100 * share, 1) for share in shares})
     axes.set_xscale("log")

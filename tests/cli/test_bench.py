@@ -183,6 +183,25 @@ def test_a_plan_is_benched_with_the_budgets_that_hold_it(
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_forecast_is_drawn_as_far_as_was_measured(
+    package: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pools in float32 take twice what is stored in half precision."""
+    pytest.importorskip("matplotlib")
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "evermind_pack.cli.bench.plot_speeds", lambda *_, **curves: drawn.update(curves)
+    )
+    options = ("--budgets", "all,100%", "--rounds", 1, "--max-new", 2, "--plot")
+    assert call(capsys, "bench", package, *options, tmp_path / "speed.png")[0] == 0
+    least, *_, most = sorted(share for share, *_ in drawn["measured"])
+    assert least == 1 < 1.9 < most
+    shares = [share for share, *_ in drawn["forecast"]]
+    assert shares == sorted(shares)
+    assert shares[-2:] == [most, most]
+    assert drawn["forecast"][-2][1] < drawn["forecast"][-1][1]
+
+
 def test_what_was_measured_is_printed_before_it_is_drawn(
     package: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
