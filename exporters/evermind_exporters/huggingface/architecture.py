@@ -195,8 +195,8 @@ def _refuse_recurrent_layers(fields: Fields, kind: str, layers: int) -> None:
     if odd:
         raise ConfigError(
             f"{fields.where}: {kind}: layers with a recurrent state ({', '.join(odd)[:120]}) "
-            "cannot be counted from the config",
-            hint="Only models whose layers are all attention can be planned before import.",
+            "cannot be counted from the config's fields alone",
+            hint="With transformers they can: pip install 'evermind-pack[hf]'.",
         )
 
 
