@@ -183,7 +183,7 @@ class GraphBuilder:
     def _graph(self) -> onnx.GraphProto:
         import onnx
 
-        nodes = [_copy(node) for node in self._nodes]
+        nodes = [copy_node(node) for node in self._nodes]
         made = {name for node in nodes for name in node.output}
         # A node gives an output under its own name. Copies would cost as much as small nodes,
         # and are made only of what no node of this graph gives, or what is given twice.
@@ -221,7 +221,8 @@ class GraphBuilder:
         return bytes(model.SerializeToString(deterministic=True))
 
 
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+def copy_node(node: onnx.NodeProto) -> onnx.NodeProto:
+    """A node of its own that is the same in everything."""
     import onnx
 
     copied = onnx.NodeProto()

@@ -27,15 +27,6 @@ DIMS: tuple[str, ...] = (
 BOUNDS: tuple[tuple[float, float], ...] = ((-1.0, 1.0), *((0.0, 1.0),) * 7)
 NEUTRAL: tuple[float, ...] = (0.0, 0.2, 0.5, 0.5, 0.8, 0.5, 0.7, 0.5)
 
-# Labels only: no number depends on them.
-REGIONS: tuple[str, ...] = (
-    "amygdala",
-    "hypothalamus",
-    "thalamus",
-    "basal_ganglia",
-    "hippocampus",
-)
-
 TRAITS: tuple[str, ...] = (
     "openness",
     "emotionality",

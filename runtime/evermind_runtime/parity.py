@@ -131,22 +131,6 @@ def compare_parity(
     return Comparison(found, largest)
 
 
-def parity_failures(package: Package) -> list[str]:
-    """Run every parity case through both programs; a sentence for each output that is off.
-
-    Integers must be equal, floats within the case's tolerance of the output's largest
-    magnitude. Raises `ManifestError` if there is no parity file or it is malformed.
-    """
-    path = package.manifest.parity
-    if path is None:
-        raise ManifestError(f"{MANIFEST_NAME}: parity: the package has no parity file to run")
-    return [
-        f"{path}: {where}: {failure}"
-        for where, _, failure in _results(package, path, "cpu", None)
-        if failure is not None
-    ]
-
-
 def typical_error(expected: Array, found: Array) -> float:
     """The largest error of a row, as the median over rows, relative to the largest magnitude.
 

@@ -279,7 +279,7 @@ def test_a_number_json_cannot_hold_is_refused(tmp_path: Path, value: Any, messag
 
 @pytest.mark.parametrize("case", FAMILY_CASES)
 def test_parity_catches_a_package_that_computes_something_else(tmp_path: Path, case: str) -> None:
-    from evermind_runtime.parity import parity_failures
+    from evermind_runtime.parity import parity_problems
 
     source = golden_source(case)
 
@@ -292,8 +292,8 @@ def test_parity_catches_a_package_that_computes_something_else(tmp_path: Path, c
 
     export_package(source, tmp_path / "p", reference=liar)
     with open_package(tmp_path / "p") as package:
-        failures = parity_failures(package)
-    assert any("expected within 1e-05" in failure for failure in failures)
+        problems = parity_problems(package)
+    assert any("expected within 1e-05" in one.message for one in problems)
 
 
 def test_random_models_agree_with_torch(tmp_path: Path) -> None:
@@ -313,9 +313,9 @@ def test_random_models_agree_with_torch(tmp_path: Path) -> None:
         source = random_source("evermind-lm", config, seed=number)
         package = export(source, tmp_path / str(number), dtype="f32", parity=True)
         with open_package(package) as opened:
-            from evermind_runtime.parity import parity_failures
+            from evermind_runtime.parity import parity_problems
 
-            assert parity_failures(opened) == [], config
+            assert parity_problems(opened) == [], config
 
 
 def test_generation_matches_torch(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_models_and_exporters_know_the_same_families() -> None:
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_large_half_precision_experts_are_cast_in_blocks(tmp_path: Path, dtype: str) -> None:
     """9000 x 128 weights make three blocks of rows; both programs agree with torch."""
-    from evermind_runtime.parity import parity_failures
+    from evermind_runtime.parity import parity_problems
 
     config = {"modelDim": 128, "hiddenDim": 9000, "numExperts": 3, "topK": 2}
     source = random_source("shared-expert-moe", config)
@@ -369,7 +369,7 @@ def test_large_half_precision_experts_are_cast_in_blocks(tmp_path: Path, dtype: 
     scans = [node for node in graph.node if node.op_type == "Scan"]
     assert len(scans) == 2 * 2  # two experts, two matrices each
     with open_package(package) as opened:
-        assert parity_failures(opened) == []
+        assert parity_problems(opened) == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -13,7 +13,7 @@ from evermind_exporters import read_source
 from evermind_manifests.errors import CheckpointError, ConfigError, NonFiniteError
 from evermind_manifests.package import open_package
 from evermind_manifests.validate import validate
-from evermind_runtime.parity import parity_failures
+from evermind_runtime.parity import parity_problems
 from safetensors.numpy import load_file, save_file
 
 from evermind_pack.cli import main
@@ -47,7 +47,7 @@ def test_packages_are_valid_and_compute_what_torch_does(module: str, dtype: str)
     assert validate(where, deep=True).problems == ()
     with open_package(where) as opened:
         assert opened.manifest.config["module"] == module
-        assert parity_failures(opened) == []
+        assert parity_problems(opened) == []
 
 
 @pytest.mark.parametrize("name", RECURRENT)

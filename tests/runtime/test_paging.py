@@ -176,9 +176,9 @@ def test_edge_top_k(tmp_path: Path, top_k: int) -> None:
 @pytest.mark.parametrize("layout", ["files", "pool"])
 def test_every_dtype_and_layout_passes_its_parity(tmp_path: Path, dtype: str, layout: str) -> None:
     from evermind_manifests.package import open_package
-    from evermind_runtime.parity import parity_failures
+    from evermind_runtime.parity import parity_problems
 
     source = random_source("evermind-lm", LM_CONFIG, seed=3)
     package = export(source, tmp_path / "p.zip", dtype=dtype, layout=layout, parity=True)
     with open_package(package) as opened:
-        assert parity_failures(opened) == []
+        assert parity_problems(opened) == []

@@ -17,7 +17,7 @@ from evermind_manifests.package import Package, open_package
 from evermind_manifests.variants import computing
 from msgspec.structs import replace
 
-from ..onnx_graph import ONNX_DTYPES
+from ..onnx_graph import ONNX_DTYPES, copy_node
 
 if TYPE_CHECKING:
     import onnx
@@ -96,10 +96,9 @@ def _widened(names: set[str]) -> list[onnx.NodeProto]:
 
 def _rounded(node: onnx.NodeProto, half: set[str], dtype: int) -> Iterator[onnx.NodeProto]:
     """The node, and casts there and back of what it gives in half precision."""
-    from onnx import NodeProto, helper
+    from onnx import helper
 
-    copy = NodeProto()
-    copy.CopyFrom(node)
+    copy = copy_node(node)
     rounded = [name for name in node.output if name in half]
     copy.output[:] = [name + _EXACT if name in half else name for name in copy.output]
     for one in copy.attribute:

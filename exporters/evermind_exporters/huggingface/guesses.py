@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..onnx_graph import copy_node
 from .nodes import rename, taken
 
 if TYPE_CHECKING:
@@ -64,10 +65,7 @@ def _reshaped(name: str, producer: Mapping[str, onnx.NodeProto]) -> list[str]:
 
 
 def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
-    import onnx
-
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
+    copy = copy_node(node)
     rename([copy], names)
     copy.output[:] = [names.get(name, name) for name in copy.output]
     return copy
