@@ -234,6 +234,22 @@ def test_an_incomplete_checkpoint_is_refused(
     assert not (tmp_path / "package").exists()
 
 
+def test_weights_that_are_not_finite_are_refused(
+    imported: Callable[[str], Imported], tmp_path: Path
+) -> None:
+    """A comparison of NaN with NaN would find no difference."""
+    from evermind_exporters.huggingface.import_ import import_checkpoint
+
+    source = imported("olmoe").checkpoint
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.nan
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"expected finite logits .*: model\.norm\.weight"):
+        import_checkpoint(tmp_path, tmp_path / "package")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_package_that_computes_something_else_is_not_written(
     imported: Callable[[str], Imported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

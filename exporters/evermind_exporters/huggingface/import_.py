@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from evermind_manifests.errors import ConfigError, ExportError
+from evermind_manifests.errors import CheckpointError, ConfigError, ExportError
 from evermind_manifests.manifest import (
     RESIDENT_NAME,
     SCHEMA,
@@ -187,6 +187,7 @@ def import_checkpoint(
         count = _parity_tokens(text, package.vocabulary)
         tokens = np.random.default_rng(1).integers(0, package.vocabulary, count)
         expected = reference.logits(tokens)
+        _check_finite(expected, trunk, folder)
         case = encode_case({TOKENS: tokens}, {LOGITS: expected}, TOLERANCE)
         own_error = 0.0
         if half is not None:
@@ -238,6 +239,19 @@ def _parity_logits(config: Any) -> int:
     """How many logits the case will have, by the vocabulary that the configuration names."""
     vocabulary = getattr(config, "vocab_size", None) or 0
     return vocabulary * _parity_tokens(config, vocabulary) if vocabulary else 0
+
+
+def _check_finite(logits: np.ndarray[Any, Any], trunk: Trunk, folder: Path) -> None:
+    """Raise `CheckpointError` for logits that nothing can be compared with."""
+    if np.isfinite(logits).all():
+        return
+    named = trunk.damaged()
+    where = ", ".join(named[:3]) + (", …" if len(named) > 3 else "") if named else "some expert"
+    raise CheckpointError(
+        f"{folder}: expected finite logits of these weights, found infinite ones or NaN in "
+        f"transformers' own; such values are in: {where}",
+        hint="The checkpoint is damaged, or its training diverged: fetch it again, or another.",
+    )
 
 
 def _resume(

@@ -144,6 +144,14 @@ class Trunk:
             except ContentError as error:
                 raise ContentError(f"{weight}: {error.message}", hint=error.hint) from error
 
+    def damaged(self) -> list[str]:
+        """The weights with values that are infinite or NaN."""
+        return [
+            weight
+            for weight, one in self._weights.items()
+            if any(dtypes.count_nonfinite(block, one.stored) for block in self.read(weight))
+        ]
+
     def values(self, weight: str) -> npt.NDArray[np.float32]:
         """A weight in float32, computed from what is stored."""
         one = self._weights[weight]
