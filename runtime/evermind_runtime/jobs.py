@@ -46,21 +46,26 @@ class Job:
         "gates",
         "guess",
         "keys",
+        "left",
         "read",
         "slots",
         "thread",
         "wanted",
     )
 
-    def __init__(self, *, wanted: bool, guess: bool = False) -> None:
+    def __init__(
+        self, keys: list[ExpertKey], slots: list[Slot], *, wanted: bool, guess: bool = False
+    ) -> None:
         #: Whether a step waits for it; else it is read ahead, and may be given up.
         self.wanted = wanted
         #: Whether it is read on a guess: with what the disk can spare, in pieces.
         self.guess = guess
-        self.keys: list[ExpertKey] = []
-        self.slots: list[Slot] = []
+        self.keys = keys
+        self.slots = slots
         #: Bytes read so far, by key.
-        self.read: list[int] = []
+        self.read = [0] * len(keys)
+        #: What it had to read besides, each expert a job that a reader may do.
+        self.left: list[Job] = []
         #: Whether a thread has begun with it; `thread` is that one, or who made it.
         self.claimed = False
         self.thread = threading.get_ident()

@@ -240,7 +240,7 @@ class Pager:
                     slot = self._table.take(lambda one: self._spare(one) and one not in keep)
                     if slot is None:
                         break
-                    job = self._begin([(key, slot)], wanted=False, guess=guess)
+                    job = self._begin([key], [slot], wanted=False, guess=guess)
                     if guess:
                         self._guessed.setdefault(layer, {})[key] = job
                     else:
@@ -290,129 +290,127 @@ class Pager:
             )
 
     def _pin_all(self, layer: int, experts: Sequence[int], pinned: list[Slot]) -> list[Slot]:
-        """What `Pins` enters with; `pinned` remembers at any moment what is pinned."""
+        """What `Pins` enters with; `pinned` remembers at any moment what is pinned.
+
+        Pins all at once, when there is room for all, and reads what is missing.
+        """
         self._check(layer, experts)
         keys = [(layer, expert) for expert in experts]
-        resident = self._table.resident
-        with self._lock:
-            missing = [key for key in keys if key not in resident]
-            if not missing:
-                for key in keys:
-                    self._table.pin(resident[key], pinned)
-                return self._used(keys, ())
-        started = time.perf_counter()
-        self._page_in(keys, pinned)
-        with self._lock:
-            self.counters.wait_seconds += time.perf_counter() - started
-            if self._closed:
-                raise self._closed_error()
-            return self._used(keys, missing)
+        table, resident = self._table, self._table.resident
+        missing: list[ExpertKey] | None = None
+        started, alone = 0.0, True
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ClosedError(f"{self._package.location}: this model has been closed")
+                # What another was to read may have failed, and lie elsewhere since.
+                if not alone and table.unpin(pinned):
+                    open_gates(self._waiting)
+                absent = [key for key in keys if key not in resident]
+                if missing is None:
+                    missing = absent
+                if not absent:
+                    if not pinned:
+                        table.pin([resident[key] for key in keys], pinned)
+                    if missing:
+                        self.counters.wait_seconds += time.perf_counter() - started
+                    return self._used(keys, missing)
+                gate = None
+                if table.fits(keys) or (self._reclaim() and table.fits(keys)):
+                    mine, others = self._start(keys, pinned)
+                else:
+                    self._cancel()
+                    gate = make_gate(self._waiting)
+            started = started or time.perf_counter()
+            if gate:
+                gate.acquire(timeout=_RECLAIM_SECONDS)
+            else:
+                alone = self._complete(mine, others)
 
     def _used(self, keys: Sequence[ExpertKey], missing: Collection[ExpertKey]) -> list[Slot]:
-        """A step has its experts: tell the policy and the counters."""
-        read = self._missed.get(keys[0][0], ())
-        misses = 0
+        """A step has its experts: tell the counters, and the policy of those that were there."""
+        layer = keys[0][0]
+        read = self._missed.get(layer, ())
+        misses = len(missing)
         for key in keys:
+            if key in missing:
+                self.pages[key].misses += 1
+                continue
             self._policy.touched(key)
-            if key in missing or key in read:
+            if key in read:
                 self.pages[key].misses += 1
                 misses += 1
             else:
                 self.pages[key].hits += 1
         self.counters.misses += misses
         self.counters.hits += len(keys) - misses
-        if held := self._held.get(keys[0][0]):
+        if held := self._held.get(layer):
             held.difference_update(keys)
         return [self._table.resident[key] for key in keys]
 
-    def _page_in(self, keys: Sequence[ExpertKey], pinned: list[Slot]) -> None:
-        """Pin these experts, once there is room for all of them, and read those missing."""
-        mine: list[Job] = []
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise self._closed_error()
-                if fits := self._table.fits(keys) or (self._reclaim() and self._table.fits(keys)):
-                    jobs = self._start(keys, pinned, mine)
-                else:
-                    self._cancel()
-                    gate = make_gate(self._waiting)
-            if not fits:
-                gate.acquire(timeout=_RECLAIM_SECONDS)
-            elif self._complete(jobs, mine):
-                return
-            else:
-                with self._lock:
-                    if self._table.unpin(pinned):
-                        open_gates(self._waiting)
-
-    def _start(self, keys: Sequence[ExpertKey], pinned: list[Slot], mine: list[Job]) -> list[Job]:
-        """Pin what is there and begin to read the rest; gives the jobs to wait for.
+    def _start(
+        self, keys: Sequence[ExpertKey], pinned: list[Slot]
+    ) -> tuple[Job | None, Sequence[Job]]:
+        """Pin all; gives the job of reading what is missing, and others' to wait for.
 
         What is there is pinned first, so that room for the others cannot cost it.
         """
         table = self._table
-        for key in keys:
-            if key in table.resident:
-                table.pin(table.resident[key], pinned)
-        jobs: list[Job] = []
-        taken: list[tuple[ExpertKey, Slot]] = []
-        for key in keys:
+        resident = [table.resident.get(key) for key in keys]
+        table.pin([slot for slot in resident if slot is not None], pinned)
+        others: list[Job] = []
+        wanted: list[ExpertKey] = []
+        slots: list[Slot] = []
+        for key, there in zip(keys, resident, strict=True):
+            if there is not None:
+                continue
             if key in table.loading:
                 job = table.loading[key]
                 self._demands += not job.wanted
                 job.wanted, job.cancelled = True, False
-                table.pin(job.slots[job.keys.index(key)], pinned)
-                jobs.append(job)
-            elif key not in table.resident:
-                slot = table.take(self._spare) if self._held else None
-                slot = slot or table.take(table.evictable)
-                assert slot is not None, "the budget was checked to hold one step"
-                taken.append((key, slot))
-        # The caller reads alone, or with the readers: an expert each, itself the first.
-        for part in [[one] for one in taken] if self._readers else [taken]:
-            if part:
-                job = self._begin(part, wanted=True)
-                mine.append(job)
-                jobs.append(job)
-                for slot in job.slots:
-                    table.pin(slot, pinned)
-        if mine:
-            mine[0].claimed = True
-        return jobs
+                table.pin([job.slots[job.keys.index(key)]], pinned)
+                others.append(job)
+                continue
+            slot = table.take(self._spare) if self._held else None
+            slot = slot or table.take(table.evictable)
+            assert slot is not None, "the budget was checked to hold one step"
+            wanted.append(key)
+            slots.append(slot)
+        if not wanted:
+            return None, others
+        mine = self._begin(wanted, slots, wanted=True)
+        mine.claimed = True
+        table.pin(slots, pinned)
+        return mine, others
 
     def _begin(
-        self, taken: Sequence[tuple[ExpertKey, Slot]], *, wanted: bool, guess: bool = False
+        self, keys: list[ExpertKey], slots: list[Slot], *, wanted: bool, guess: bool = False
     ) -> Job:
-        job = Job(wanted=wanted, guess=guess)
+        job = Job(keys, slots, wanted=wanted, guess=guess)
         self._demands += wanted
-        for key, slot in taken:
-            job.keys.append(key)
-            job.slots.append(slot)
-            job.read.append(0)
-            self._table.begin(job, key, slot)
+        self._table.begin(job, keys, slots)
         return job
 
-    def _complete(self, jobs: Sequence[Job], mine: Sequence[Job]) -> bool:
-        """Do the jobs nobody has begun, and wait for the others; whether all went well.
+    def _complete(self, mine: Job | None, others: Sequence[Job]) -> bool:
+        """Read, and wait for what readers and others read; whether there was none of that.
 
         Raises what went wrong with a job of one's own: others' are worth another try.
         """
-        if mine and not mine[0].done:
-            self._perform(mine[0], mine[1:])
+        left: Sequence[Job] = ()
+        if mine:
+            self._perform(mine, others)
+            left = mine.left
+        jobs = [*others, *left]
         for at, job in enumerate(jobs):
             if not job.claimed and self._claim(job):
                 self._perform(job, jobs[at + 1 :])
         for job in jobs:
             if not job.done:
                 self._await(job)
-        for job in jobs:
-            if job.error is not None:
-                gave_up = isinstance(job.error, ReadAbandonedError)
-                if job in mine and isinstance(job.error, Exception) and not gave_up:
-                    raise job.error
-                return False
-        return True
+        for job in left:
+            if isinstance(job.error, Exception) and not isinstance(job.error, ReadAbandonedError):
+                raise job.error
+        return not jobs
 
     def _claim(self, job: Job) -> bool:
         """Whether it is this thread that does the job."""
@@ -452,14 +450,14 @@ class Pager:
     def _perform(self, job: Job, others: Sequence[Job] = ()) -> None:
         """Read; whatever happens, the job is done afterwards.
 
-        If it has to wait for a disk or a network, the readers begin with `others`.
+        If it has to wait for a disk or a network, the readers begin with the rest and `others`.
         """
         started = time.perf_counter()
         error: BaseException | None = None
         try:
             proceed = (lambda: self._proceeds(job)) if job.guess and not job.wanted else None
             alone = self._readers is None or proceed is not None
-            waits = None if alone else lambda: self._call_readers(others)
+            waits = None if alone else lambda at: self._call_readers(job, at, others)
             self.reader.fill(job.keys, job.slots, job.read, proceed, waits)
         except BaseException as caught:
             error = caught
@@ -467,15 +465,22 @@ class Pager:
         finally:
             with self._lock:
                 self.counters.read_seconds += time.perf_counter() - started
-                self._cached += error is None and not job.guess
+                if error is None and not job.guess:
+                    self._cached += len(job.keys)
                 self._settle(job, error)
 
-    def _call_readers(self, jobs: Sequence[Job]) -> None:
-        """Have the readers do what nobody has begun."""
+    def _call_readers(self, job: Job, at: int, others: Sequence[Job]) -> None:
+        """Leave what follows `at` in `job`, and what nobody has begun, to the readers."""
         assert self._readers
         with self._lock:
             self._cached = 0
-            waiting = [job for job in jobs if not job.claimed]
+            for key, slot in zip(job.keys[at + 1 :], job.slots[at + 1 :], strict=True):
+                one = Job([key], [slot], wanted=True)
+                self._demands += 1
+                self._table.loading[key] = one
+                job.left.append(one)
+            del job.keys[at + 1 :], job.slots[at + 1 :], job.read[at + 1 :]
+            waiting = [one for one in (*job.left, *others) if not one.claimed]
             self._urgent += waiting
         for _ in waiting:
             self._readers.wake(self._work)
@@ -487,10 +492,10 @@ class Pager:
     def _settle(self, job: Job, error: BaseException | None) -> None:
         if job.done:
             return
-        for key, slot, read in zip(job.keys, job.slots, job.read, strict=False):
+        for key, read in zip(job.keys, job.read, strict=False):
             self.counters.bytes_read += read
             self.pages[key].bytes_read += read
-            self._table.end(job, key, slot, filled=error is None)
+        self._table.end(job, job.keys, job.slots, filled=error is None)
         job.error = error
         # Whoever still finds it in a queue must not touch the slots.
         job.claimed = True
@@ -567,6 +572,3 @@ class Pager:
     def _spare(self, key: ExpertKey) -> bool:
         """Whether nobody uses `key` now, nor has it been read for one who soon will."""
         return self._table.evictable(key) and key not in self._held.get(key[0], ())
-
-    def _closed_error(self) -> ClosedError:
-        return ClosedError(f"{self._package.location}: this model has been closed")

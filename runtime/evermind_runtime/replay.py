@@ -93,7 +93,8 @@ def simulate(trace: Trace, policy: Policy, budget: int) -> tuple[int, int, int]:
                 policy.touched(key)
                 held += need
             for key in keys:
-                policy.touched(key)
+                if key not in missing:
+                    policy.touched(key)
             misses += len(missing)
             hits += len(keys) - len(missing)
             bytes_read += need * len(missing)

@@ -92,32 +92,38 @@ class ShardReader:
         slots: Sequence[Slot],
         read: list[int],
         proceed: Proceed | None = None,
-        waits: Callable[[], None] | None = None,
+        waits: Callable[[int], None] | None = None,
     ) -> None:
         """Fill `slots` with these experts.
 
         `read` tells, for each, how many bytes have been read. `proceed` is asked between the
         pieces of a long read: once it says no, `ReadAbandonedError` is raised. `waits` is
-        called before what takes long: a digest, or a read that the page cache cannot serve.
+        called before what takes long: a digest, or a read that the page cache cannot serve. It is
+        told which of the experts that is, and may take those that follow off the lists.
         Otherwise raises `ShardDigestError` or `ShardError` where a shard is not what the
         manifest says, or what the store raises.
         """
-        shards = [self._package.shard(*key) for key in keys]
-        if len(keys) > 1 and self._neighbours and self.mode == "buffered":
-            self._fill_together(shards, slots, read)
+        alone = waits is None
+        if alone and len(keys) > 1 and self._neighbours and self.mode == "buffered":
+            self._fill_together([self._package.shard(*key) for key in keys], slots, read)
             return
+        # As many as `waits` leaves there.
         for at, slot in enumerate(slots):
-            unknown = self._checks(keys[at])
+            key = keys[at]
+            shard = self._package.shard(*key)
+            unknown = self._checks(key)
             with slot.filling() as room:
-                cached = 0
+                done = 0
+                if self._nowait and not unknown and proceed is None:
+                    done = self._read_once(shard, room, 0 if alone else os.RWF_NOWAIT)
+                if done == shard.bytes:
+                    read[at] = done
+                    continue
                 if waits is not None:
-                    if not unknown and self._nowait:
-                        cached = self._read_cached(shards[at], room)
-                    if cached < shards[at].bytes:
-                        waits()
-                self._read(shards[at], room, read, at, proceed, cached)
+                    waits(at)
+                self._read(shard, room, read, at, proceed, done)
                 if unknown:
-                    self._check(shards[at], room, read, at)
+                    self._check(shard, room, read, at)
 
     def close(self) -> None:
         """Close what was opened; reads that run end as if it were open."""
@@ -176,14 +182,18 @@ class ShardReader:
                 self._package.store.read_into(shard.file, shard.offset + begin, room[begin:end])
             read[at] += end - begin
 
-    def _read_cached(self, shard: Shard, room: memoryview) -> int:
-        """How many of its bytes the page cache had, from the first on."""
+    def _read_once(self, shard: Shard, room: memoryview, flags: int) -> int:
+        """How many of its bytes one read gives, from the first on."""
         try:
-            with self._files.use(shard.file, 0) as (fd, begin, length):
-                _check_length(shard, length)
-                return os.preadv(fd, [room[: shard.bytes]], begin + shard.offset, os.RWF_NOWAIT)
+            file, fd, begin, _ = self._files.acquire(shard.file, 0)
+            try:
+                return os.preadv(fd, [room[: shard.bytes]], begin + shard.offset, flags)
+            finally:
+                file.release()
         except BlockingIOError:
             return 0
+        except IntegrityError:
+            raise
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise IntegrityError(f"{shard.file}: {error.strerror}") from error
@@ -288,6 +298,14 @@ class _Extents:
     @contextmanager
     def use(self, path: str, flags: int) -> Iterator[tuple[int, int, int]]:
         """(descriptor, offset, length) of the file, opened with these flags."""
+        file, *where = self.acquire(path, flags)
+        try:
+            yield where[0], where[1], where[2]
+        finally:
+            file.release()
+
+    def acquire(self, path: str, flags: int) -> tuple[Descriptor, int, int, int]:
+        """The same, in use until the first is released."""
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self._location}: the package is closed")
@@ -299,12 +317,8 @@ class _Extents:
                     self._files.popitem(last=False)[1][0].close()
             else:
                 self._files.move_to_end((path, flags))
-            descriptor, begin, length = entry
-            fd = descriptor.acquire()
-        try:
-            yield fd, begin, length
-        finally:
-            descriptor.release()
+            file, begin, length = entry
+            return file, file.acquire(), begin, length
 
     def close(self) -> None:
         with self._lock:

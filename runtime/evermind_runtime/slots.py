@@ -51,11 +51,12 @@ class SlotTable(Generic[_Job]):
         self.all: list[Slot] = []
         self._free: list[Slot] = []
 
-    def pin(self, slot: Slot, pinned: list[Slot]) -> None:
-        """Pin once more; `pinned` remembers."""
-        self.pinned += slot.pins == 0
-        pinned += (slot,)
-        slot.pins += 1
+    def pin(self, slots: Sequence[Slot], pinned: list[Slot]) -> None:
+        """Pin each once more; `pinned` remembers."""
+        for slot in slots:
+            self.pinned += slot.pins == 0
+            pinned += (slot,)
+            slot.pins += 1
 
     def unpin(self, pinned: list[Slot]) -> bool:
         """Undo the pins that `pinned` remembers; whether that made room."""
@@ -64,11 +65,14 @@ class SlotTable(Generic[_Job]):
             slot = pinned[-1]
             del pinned[-1]
             slot.pins -= 1
-            self._unpinned(slot)
+            if slot.pins <= 0:
+                self._unpinned(slot)
         return self.pinned < before
 
     def fits(self, keys: Sequence[ExpertKey]) -> bool:
         """Whether `keys` fit beside all that is pinned."""
+        if self.pinned + len(keys) <= self.most:
+            return True
         new = 0
         for key in keys:
             slot = self.resident.get(key)
@@ -102,23 +106,28 @@ class SlotTable(Generic[_Job]):
         self.counters.evictions += 1
         return slot
 
-    def begin(self, job: _Job, key: ExpertKey, slot: Slot) -> None:
-        """`job` fills `slot`, which was taken, with `key`."""
-        self.pinned += slot.pins == 0
-        self.loading[key] = job
-        slot.pins += 1
+    def begin(self, job: _Job, keys: Sequence[ExpertKey], slots: Sequence[Slot]) -> None:
+        """`job` fills `slots`, which were taken, with `keys`."""
+        for key, slot in zip(keys, slots, strict=True):
+            self.pinned += slot.pins == 0
+            self.loading[key] = job
+            slot.pins += 1
 
-    def end(self, job: _Job, key: ExpertKey, slot: Slot, *, filled: bool) -> None:
-        """`job` is done with `slot`. Does nothing the second time."""
-        if self.loading.get(key) is not job:
-            return
-        if filled:
-            self._policy.touched(key)
-            slot.valid = True
-            self.resident[key] = slot
-        del self.loading[key]
-        slot.pins -= 1
-        self._unpinned(slot)
+    def end(
+        self, job: _Job, keys: Sequence[ExpertKey], slots: Sequence[Slot], *, filled: bool
+    ) -> None:
+        """`job` is done with them. Does nothing the second time."""
+        for key, slot in zip(keys, slots, strict=False):
+            if self.loading.get(key) is not job:
+                continue
+            if filled:
+                self._policy.touched(key)
+                slot.valid = True
+                self.resident[key] = slot
+            del self.loading[key]
+            slot.pins -= 1
+            if slot.pins <= 0:
+                self._unpinned(slot)
 
     def recover(self, jobs_slots: Callable[[_Job], Sequence[Slot]]) -> None:
         """Find again what was on its way between two places when an exception struck."""
@@ -136,11 +145,10 @@ class SlotTable(Generic[_Job]):
         self._count()
 
     def _unpinned(self, slot: Slot) -> None:
-        assert slot.pins >= 0, "a slot was released twice"
-        if slot.pins == 0:
-            self.pinned -= 1
-            if not slot.valid:
-                self._free.append(slot)
+        assert slot.pins == 0, "a slot was released twice"
+        self.pinned -= 1
+        if not slot.valid:
+            self._free.append(slot)
 
     def _count(self) -> None:
         counters = self.counters

@@ -144,6 +144,46 @@ def test_the_experts_of_a_token_are_read_at_the_same_time(package: Path) -> None
         assert model.stats().expert_misses == LAYERS * TOP_K
 
 
+def test_what_the_page_cache_lacks_is_left_to_the_readers(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three, the first is copied; the others are read at the same time, by two threads. Who
+    waited for the last of them before that was known gets it too."""
+    both = threading.Barrier(2)
+    found: list[bytes] = []
+    waits = threading.Thread(target=lambda: found.append(content(0, 2)))
+
+    def content(layer: int, expert: int) -> bytes:
+        with model._pager.acquire(layer, [expert]) as slots, slots[0].filling() as view:
+            return bytes(view)
+
+    def read_once(self: ShardReader, shard: Any, *rest: Any) -> int:
+        if shard.expert:
+            return 0
+        job = model._pager.slots.loading[0, 2]
+        assert job.keys == [(0, 0), (0, 1), (0, 2)]
+        waits.start()
+        while not job.gates:
+            time.sleep(0.001)
+        return honest(self, shard, *rest)
+
+    def together(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        both.wait(timeout=30)
+        read(path, offset, buffer)
+
+    honest = ShardReader._read_once
+    with load(package, verify="never") as model:
+        right = content(0, 2)
+    with load(package, verify="never") as model:
+        watch(model, together)
+        monkeypatch.setattr(ShardReader, "_read_once", read_once)
+        with model._pager.acquire(0, [0, 1, 2]):
+            waits.join(timeout=30)
+        assert found == [right]
+        assert model.stats().bytes_read == 3 * model.manifest.shards[0].bytes
+        check_idle(model)
+
+
 def test_a_chunk_reads_ahead_while_an_expert_runs(package: Path) -> None:
     """The next two come while the first is still in use, and no more than two."""
     with load(package, budget="50%") as model:
@@ -398,13 +438,14 @@ def test_a_prompt_ends_without_an_exception(package: Path, monkeypatch: pytest.M
 
 
 def test_closing_between_a_read_and_its_use(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = pager.Pager._page_in
+    honest = pager.Pager._complete
 
-    def page_in(self: pager.Pager, *rest: Any) -> None:
-        honest(self, *rest)
+    def complete(self: pager.Pager, *rest: Any) -> bool:
+        alone = honest(self, *rest)
         self.close()
+        return alone
 
-    monkeypatch.setattr(pager.Pager, "_page_in", page_in)
+    monkeypatch.setattr(pager.Pager, "_complete", complete)
     with load(package, budget="34%") as model, pytest.raises(ClosedError):
         model.forward(TOKENS)
 
