@@ -13,7 +13,8 @@ from evermind_manifests.errors import EvermindPackError, InputError
 from evermind_manifests.json_file import read_json
 from evermind_runtime import Chat, Model
 
-from .generated import Generated, follow, interruptible
+from ..interrupt import stop_on_interrupt
+from .generated import Generated, follow
 from .options import SAMPLING
 from .terminal import remark
 
@@ -119,8 +120,9 @@ def _converse(answers: Chat, talk: Conversation, args: argparse.Namespace) -> No
             continue
         talk.messages.append({"role": "user", "content": text})
         try:
-            with interruptible() as stopped:
-                generated = follow(_pieces(answers, talk, args), lambda piece: piece.text, stopped)
+            with stop_on_interrupt() as stop:
+                pieces = _pieces(answers, talk, args)
+                generated = follow(pieces, lambda piece: piece.text, stop.is_set)
         except KeyboardInterrupt:
             talk.messages.pop()
             print()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evermind_manifests.errors import EvermindPackError, InputError, MissingExtraError
 
+from ..interrupt import stop_on_interrupt
 from .terminal import (
     INTERRUPTED,
     human_bytes,
@@ -160,7 +161,7 @@ def _headline(step: str, text: str, quiet: bool) -> None:
 def _train(folder: Path, args: argparse.Namespace, quiet: bool) -> bool:
     """Train, resume or reuse; whether the run is finished."""
     try:
-        from ..training import RunFolder, stop_on_interrupt
+        from ..training import RunFolder
         from ..training.presets import python_demo
         from .training_jobs import resume_job, train_lm
     except ImportError as error:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from evermind_manifests.errors import EvermindPackError
@@ -85,22 +82,3 @@ def follow(
     ended = time.perf_counter()
     speed = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else 0.0
     return Generated(tokens, "".join(texts), speed, (first - started) * 1000, finish)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """While it lasts, a first Ctrl-C is only noted, for the token to be finished; gives whether
-    there was one. A second is a `KeyboardInterrupt`, as ever."""
-    noted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        if noted:
-            signal.default_int_handler(number, frame)
-        noted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evermind_manifests.errors import InputError, MissingExtraError
 
+from ..interrupt import stop_on_interrupt
 from .terminal import INTERRUPTED, let_threads_sleep, positive_int, print_json, remark
 
 if TYPE_CHECKING:
@@ -99,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     """Train; Ctrl-C leaves a checkpoint to resume from."""
     let_threads_sleep()
     try:
-        from ..training import stop_on_interrupt
         from .training_jobs import resume_job, start_job
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "train", "Training") from error

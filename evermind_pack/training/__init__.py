@@ -5,6 +5,7 @@ Nothing here prints: progress goes to an `on_step` callback.
 
 from __future__ import annotations
 
+from ..interrupt import stop_on_interrupt
 from .atome_trainer import AtomeTrainer
 from .corpus import (
     LIBRARY_TABLES,
@@ -18,7 +19,7 @@ from .corpus import (
 from .language import LanguagePlan, language_plan, resume_language_model, train_language_model
 from .limbic_trainer import LimbicBatch, LimbicTrainer, LimbicTrainerOptions
 from .lm_trainer import LmBatch, LmTrainer, LmTrainerOptions
-from .loop import DivergedError, TrainingResult, run_training, stop_on_interrupt
+from .loop import DivergedError, TrainingResult, run_training
 from .moe_trainer import MoeBatch, MoeEpoch, MoeTrainer, MoeTrainerOptions
 from .optimizer import OptimizerOptions, learning_rate
 from .peer_precision import PeerLossScaler, PeerMixedTrainer

@@ -7,10 +7,8 @@ same, bit for bit, as one that was not (on CPU, with the same number of threads)
 from __future__ import annotations
 
 import math
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +43,7 @@ class TrainingResult:
     def summary(self) -> str:
         """One line for a person: what is there, and how to go on."""
         if self.finished:
-            return f"{self.folder}: {self.steps} steps done"
+            return f"{self.folder}: step {self.step} of {self.steps} done"
         return (
             f"{self.folder}: stopped after step {self.step} of {self.steps}; "
             f"resume with: evermind-pack train --resume {self.folder}"
@@ -93,25 +91,3 @@ def run_training(
                 on_step(report)
         run.save(trainer, plan)
     return TrainingResult(run.path, trainer.steps, steps)
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a run stops between steps; a second one interrupts.
-
-    Outside the main thread, where signals cannot be caught, nothing sets it.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(signum: int, frame: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -17,7 +17,6 @@ from evermind_manifests.errors import InputError
 from evermind_runtime import Chat, Model
 
 from evermind_pack.cli import main
-from evermind_pack.cli.generated import interruptible
 from tests.cli.command_line import call
 from tests.packages import export, lm_source
 
@@ -338,17 +337,6 @@ def test_a_person_may_interrupt_an_answer_and_go_on(
     assert out.endswith("\n\n")
     assert len(calls) > 4
     assert typed == []
-
-
-def test_a_second_interrupt_does_not_wait() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with interruptible() as stopped:
-        assert not stopped()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopped()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_file_of_messages(made: Made, capsys: Any, tmp_path: Path) -> None:
