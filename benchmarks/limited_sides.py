@@ -29,6 +29,9 @@ from .sides import CompiledModel, DenseGraph, NumpyModel
 
 Array: TypeAlias = np.ndarray
 
+# Tokens enough that each of some dozens of experts a layer has one.
+_PROMPT = 256
+
 
 class Side:
     """What a benchmark asks of any side."""
@@ -44,6 +47,9 @@ class Side:
     def decode(self, tokens: list[int]) -> Array:
         """Logits after each token, one after the other."""
         raise NotImplementedError
+
+    def warm_up(self) -> None:
+        """What a pass from a cold disk leaves to be done only once."""
 
     def own(self) -> int:
         """Bytes of memory that are no file's."""
@@ -78,6 +84,7 @@ class Ours(Side):
         super().__init__(own_limit)
         warnings.simplefilter("ignore", em.PagingWarning)
         self._model = em.load(package, threads=threads, **options)
+        self._mapped = mapped
         if mapped:
             map_experts(self._model, package)
         self.files = files_below(Path(package))
@@ -90,6 +97,13 @@ class Ours(Side):
             # The next token's are written to the same place.
             rows.append(values["logits"].copy())
         return np.concatenate(rows)
+
+    def warm_up(self) -> None:
+        """Have every expert read, and so hashed, which a mapped one never is."""
+        if not self._mapped:
+            vocabulary = self._model.manifest.config["vocabSize"]
+            prompt = np.random.default_rng(1).integers(0, vocabulary, _PROMPT)
+            self._model.forward({"tokens": prompt}, outputs=["logits"])
 
 
 class Numpy(Side):
