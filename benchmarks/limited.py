@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
@@ -68,12 +67,10 @@ class Found:
 
 def measure(quick: bool) -> Report:
     tokens, rounds = (4, 1) if quick else (24, 3)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+    with tempfile.TemporaryDirectory() as folder:
         files = fresh(make_files, folder=folder, dims=QUICK_DIMS if quick else DIMS)
-        budget = files["experts"] // 4
+        config, budget = files["config"], files["experts"] // 4
         limit = budget + (QUICK_BESIDES if quick else BESIDES)
-        config = files["config"]
         ways = _ways(folder, config, budget, quick=quick)
         comparison = Comparison(ways, Path(folder), config["vocabSize"], tokens)
         comparison.without_limit(rounds)
@@ -85,8 +82,8 @@ def measure(quick: bool) -> Report:
     title = (
         f"{files['experts'] / MIB:,.0f} MiB of f32 experts of {files['expert'] / MIB:.0f} MiB, "
         f"{THREADS} threads, {tokens} tokens a pass; {budget / MIB:,.0f} MiB for experts and "
-        f"{(limit - budget) / MIB:.0f} besides: files and processes held by {by}, "
-        "a process's own memory by RLIMIT_DATA"
+        f"{(limit - budget) / MIB:.0f} besides, held by {by}, "
+        "for sides with all weights in their own memory by RLIMIT_DATA"
     )
     return Report([_table(title, found, limit)], _targets(found, by))
 
@@ -229,9 +226,9 @@ def _ways(folder: str, config: dict[str, Any], budget: int, *, quick: bool) -> l
         Way("numpy, weights mapped", "Numpy", {**file, **mapped}),
         Way("dense ONNX graph, weights mapped", "Dense", {**dense, "config": config}, fewer=8),
         Way("evermind-pack f32, all resident", "Ours", {**f32, "plan": "half"}, own=True),
-        Way("C, one thread, weights read", "Compiled", {**bound, **read}, own=True,
+        Way("C, one thread, weights in memory", "Compiled", {**bound, **read}, own=True,
             lacks=no_compiler),
-        Way("numpy, weights read", "Numpy", {**file, **read}, own=True),
+        Way("numpy, weights in memory", "Numpy", {**file, **read}, own=True),
         Way("dense ONNX graph, weights inside", "Dense",
             {"model": str(place / "whole.onnx"), "config": config}, own=True, fewer=8),
         Way("npm peer", "Npm", {**file, "config": config}, own=True, fewer=8, lacks=missing()),
