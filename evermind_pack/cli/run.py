@@ -277,6 +277,7 @@ def _counters(model: Model) -> dict[str, Any]:
         "wait_seconds": stats.wait_seconds,
         "plan": model.plan.name,
         "plan_reason": model.plan.reason,
+        "warnings": [model.thrashing] if model.thrashing else [],
         "prefetches": stats.prefetches,
         "prefetches_used": stats.prefetches_used,
         "prefetch_wasted_bytes": stats.prefetch_wasted_bytes,

@@ -124,12 +124,14 @@ class Model:
         self._observer = Observer(manifest.plan) if observe else None
         self._tokens = 0
         self._lock = threading.Lock()
+        #: What to expect of a budget below one token's cycle, else nothing.
+        self.thrashing: str | None = None
         if self.plan.name == "paged" and self.budget < token_cycle_bytes(manifest):
             # Here: forecasts bring much that runs do without.
             from .forecast import thrash_warning
 
-            warning = thrash_warning(self.budget, manifest, policy, heat)
-            warnings.warn(warning, PagingWarning, stacklevel=3)
+            self.thrashing = thrash_warning(self.budget, manifest, policy, heat)
+            warnings.warn(self.thrashing, PagingWarning, stacklevel=3)
 
     @property
     def manifest(self) -> Manifest:

@@ -52,6 +52,16 @@ def test_a_plan_without_room_is_refused(package: Path, capsys: Any) -> None:
         capsys.readouterr()
 
 
+def test_a_budget_that_thrashes_is_told_before_and_in_json(package: Path, capsys: Any) -> None:
+    assert run(package, "--budget", "13056", "--json") == 0
+    told = capsys.readouterr()
+    (warning,) = json.loads(told.out)["warnings"]
+    assert "expect 0% hits with the policy 'decayed'" in warning
+    assert told.err == f"warning: {warning}\n"
+    assert run(package, "--budget", "50%", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
 def test_what_experts_do_is_told_by_no_pools(package: Path, capsys: Any) -> None:
     """Observed, tokens pass through the experts' own programs, which find them in memory."""
     assert run(package, "--introspect", "--json") == 0
