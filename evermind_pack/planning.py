@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from evermind_manifests.errors import InputError
+from evermind_manifests.errors import InputError, LocationError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
 from evermind_manifests.package import Package
@@ -127,6 +127,13 @@ def open_subject(
         head = read_head(location, 1)
         if head is None and not (path / MANIFEST_NAME).exists() and (path / CONFIG_NAME).is_file():
             path, head = path / CONFIG_NAME, b"{"
+        elif path.is_dir() and not (path / MANIFEST_NAME).exists():
+            from evermind_exporters.huggingface.misfits import without_config
+
+            raise LocationError(
+                f"{location}: expected a package, or a checkpoint's {CONFIG_NAME}, found neither",
+                hint=without_config(path),
+            )
         if head is not None and path.name == MANIFEST_NAME:
             location = str(path.parent)
         elif head == b"{":

@@ -62,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import, then say what was written."""
     from evermind_exporters.huggingface.hub import is_model_id
+    from evermind_exporters.huggingface.misfits import no_folder
 
     local = Path(args.source)
     if not local.is_dir() and not (is_model_id(args.source) and not local.exists()):
         raise LocationError(
-            f"{args.source}: expected a checkpoint folder, or a model's name as org/name"
+            f"{args.source}: expected a checkpoint folder, or a model's name as org/name",
+            hint=no_folder(local),
         )
     if local.is_dir() and args.revision is not None:
         raise InputError(

@@ -10,9 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from evermind_exporters.huggingface.checkpoint import Checkpoint, Rows
-from evermind_manifests.errors import CheckpointError, ExportError, UnsupportedError
+from evermind_manifests.errors import (
+    CheckpointError,
+    ExportError,
+    LocationError,
+    UnsupportedError,
+)
 from evermind_manifests.package import open_package
 from safetensors.numpy import load_file, save_file
+
+from evermind_pack.planning import open_subject
 
 from .conftest import Imported
 
@@ -83,6 +90,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         ({"adapter_config.json": "{}"}, "merge_and_unload"),
         ({"model.gguf": "GGUF"}, "GGUF files are not read"),
         ({"snapshots/abc/config.json": "{}"}, "snapshots/abc meant"),
+        ({"manifest.json": "{}", "source/config.json": "{}"}, "a package already"),
         ({}, "as `save_pretrained` writes it"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "Pickled .bin files"),
         ({"config.json": "{}", "a.safetensors": "", "b.safetensors": ""}, "the index"),
@@ -106,6 +114,13 @@ def test_the_way_out_is_said_for_what_is_no_checkpoint(
     with pytest.raises(CheckpointError) as raised:
         Checkpoint(tmp_path)
     assert hint in (raised.value.hint or "")
+    if not {"config.json", "manifest.json"} & files.keys():
+        with (
+            pytest.raises(LocationError, match="found neither") as told,
+            open_subject(str(tmp_path)),
+        ):
+            pass
+        assert told.value.hint == raised.value.hint
 
 
 @pytest.mark.parametrize(

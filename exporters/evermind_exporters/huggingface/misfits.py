@@ -5,22 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from evermind_manifests.manifest import MANIFEST_NAME
+
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 # How a file begins that git-lfs has not fetched (its specification, version 1).
 _POINTER: Final = b"version https://git-lfs"
+_GGUF: Final = "GGUF files are not read: give the checkpoint that they were made of."
+
+
+def no_folder(path: Path) -> str | None:
+    """What to do with a path where no folder is."""
+    if path.suffix == ".gguf":
+        return _GGUF
+    return f"Give the folder that it lies in: {path.parent}" if path.is_file() else None
 
 
 def without_config(folder: Path) -> str:
     """What to do with a folder that has no config.json."""
+    if (folder / MANIFEST_NAME).is_file():
+        return "It is a package already: `evermind-pack run` and `inspect` take it as it is."
     if (folder / "adapter_config.json").is_file():
         return (
             "It holds an adapter, not a model: merge it into its base model first (peft's "
             "`merge_and_unload`, then `save_pretrained`)."
         )
     if any(folder.glob("*.gguf")):
-        return "GGUF files are not read: give the checkpoint that they were made of."
+        return _GGUF
     if (folder / "model_index.json").is_file():
         return "It is a pipeline of several models, none of which makes text."
     inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
@@ -47,7 +59,7 @@ def without_weights(folder: Path) -> str:
             "write the model with `save_pretrained`, which makes safetensors files."
         )
     if any(folder.glob("*.gguf")):
-        return "GGUF files are not read: give the checkpoint that they were made of."
+        return _GGUF
     return "Its weights are missing: fetch them too. Only safetensors files are read."
 
 
