@@ -31,7 +31,7 @@ def quick(cache: Path, **changes: object) -> RemoteOptions:
     values: dict[str, object] = {
         "cache_folder": cache,
         "cache_bytes": 1 << 30,
-        "timeout": 5.0,
+        "timeout": 60.0,
         "backoff": 0.001,
         "offline": False,
     }
