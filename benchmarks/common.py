@@ -100,13 +100,11 @@ def fresh(
         f"import json, sys; from {_module(function)} import {function.__name__} as call; "
         "print(json.dumps(call(**json.loads(sys.argv[1]))))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if threads:
         arguments["threads"] = threads
-        environment |= {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
     command = [sys.executable, "-c", program, json.dumps(arguments, default=str)]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, text=True
     ) as process:
         if begun:
             begun(process.pid)
@@ -114,6 +112,14 @@ def fresh(
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return json.loads(output.splitlines()[-1])
+
+
+def environment(threads: int | None) -> dict[str, str]:
+    """For a process that imports what this one can; `threads` bounds what numpy may use in it."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if threads:
+        variables |= {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
+    return variables
 
 
 def interleaved(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .common import (
     MIB,
+    Cell,
     Report,
     Table,
     Target,
@@ -34,7 +35,7 @@ def measure(quick: bool) -> Report:
         else {"width": 2048, "hidden": 4096, "layers": 2, "experts": 8}
     )
     rounds = 1 if quick else 5
-    rows: list[list[str | int | float | None]] = []
+    rows: list[list[Cell]] = []
     speeds, peaks = {}, []
     for dtype, layout in VARIANTS[: 1 if quick else None]:
         with tempfile.TemporaryDirectory() as folder:

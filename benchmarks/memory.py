@@ -7,7 +7,7 @@ from pathlib import Path
 
 import evermind_runtime as em
 
-from .common import MIB, Report, Table, Target, fresh, peak_bytes, run
+from .common import MIB, Cell, Report, Table, Target, fresh, peak_bytes, run
 
 ALLOWED = 80 * MIB
 DIMS = {
@@ -24,7 +24,7 @@ def measure(quick: bool) -> Report:
 
     from .models import language_model, package
 
-    rows: list[list[str | int | float | None]] = []
+    rows: list[list[Cell]] = []
     beyond = []
     for name, dims in list(DIMS.items())[: 1 if quick else None]:
         source = language_model(top_k=2, **dims)

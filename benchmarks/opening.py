@@ -10,7 +10,7 @@ from pathlib import Path
 
 import evermind_runtime as em
 
-from .common import Report, Table, Target, fresh, interleaved, median, run
+from .common import Cell, Report, Table, Target, fresh, interleaved, median, run
 from .models import language_model, package
 
 LAYERS, TOP_K = 5, 2
@@ -28,7 +28,7 @@ def measure(quick: bool) -> Report:
     source = language_model(
         vocab=64, width=16, layers=LAYERS, experts=experts, top_k=TOP_K, hidden=16
     )
-    rows: list[list[str | int | float | None]] = []
+    rows: list[list[Cell]] = []
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("files", "pool"):
             path = package(source, Path(folder) / layout, layout=layout)
@@ -77,7 +77,7 @@ def _imports(rounds: int) -> Table:
         rounds,
     )
     empty = median(seconds.pop(""))
-    rows: list[list[str | int | float | None]] = [
+    rows: list[list[Cell]] = [
         [name, (median(values) - empty) * 1000] for name, values in seconds.items()
     ]
     return Table("A fresh interpreter, beyond an empty one", ["", "ms"], rows)

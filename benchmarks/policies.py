@@ -6,7 +6,7 @@ from evermind_runtime.layers import all_bytes
 from evermind_runtime.replay import replay
 from evermind_runtime.trace import read_trace
 
-from .common import ROOT, Report, Table, Target, run
+from .common import ROOT, Cell, Report, Table, Target, run
 
 TRACES = ROOT / "tests" / "fixtures" / "traces"
 POLICIES = ("decayed", "lru", "belady")
@@ -14,7 +14,7 @@ SHARES = (0.0625, 0.125, 0.25, 0.5, 0.75)
 
 
 def measure(quick: bool) -> Report:
-    rows: list[list[str | int | float | None]] = []
+    rows: list[list[Cell]] = []
     below_belady: dict[str, float] = {}
     above_lru: dict[str, float] = {}
     for path in sorted(TRACES.glob("*.jsonl"), reverse=True):

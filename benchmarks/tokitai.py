@@ -9,7 +9,7 @@ from pathlib import Path
 import evermind_runtime as em
 import numpy as np
 
-from .common import MIB, Report, Table, Target, fresh, peak_bytes, run
+from .common import MIB, Cell, Report, Table, Target, fresh, peak_bytes, run
 
 # Beside 1.5 experts when writing, and beside the two that are held when running.
 WRITING, RUNNING = 300_000_000, 100 * MIB
@@ -17,8 +17,8 @@ ROWS = 64
 
 
 def measure(quick: bool) -> Report:
-    writing: list[list[str | int | float | None]] = []
-    running: list[list[str | int | float | None]] = []
+    writing: list[list[Cell]] = []
+    running: list[list[Cell]] = []
     written, ran = [], []
     for size in ("nano",) if quick else ("tiny", "medium", "full"):
         with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from .common import ROOT
+from .common import ROOT, environment
 
 
 class Worker:
@@ -33,13 +33,11 @@ class Worker:
         **arguments: Any,
     ) -> None:
         arguments["threads"] = threads
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment |= {f"{name}_NUM_THREADS": str(threads) for name in ("OPENBLAS", "OMP", "MKL")}
         # What a peer says on its error stream goes with ours only if it fails.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workers", target, json.dumps(arguments)],
             cwd=ROOT,
-            env=environment,
+            env=environment(threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
