@@ -147,7 +147,7 @@ def _against_mmap(
     against = {one: speeds[one] / speeds[one[0], "mapped"] for one in ours}
     times = ", ".join(f"{times:.2f} x ({', '.join(one)})" for one, times in against.items())
     return Target(
-        f"against mmap under the same limit, {how}",
+        f"against mmap under the same limit{how}",
         "at least 1.4 x",
         f"no limit was enforced: {HOW}" if unheld else times,
         not unheld and min(against.values()) >= 1.4,
