@@ -181,9 +181,11 @@ def _check_combination(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{option} has no meaning {'with' if args.inputs else 'without'} --inputs"
             )
-    results = (args.outputs, args.state_out, args.prometheus, args.heatmap)
-    read = (args.package, args.inputs, args.state_in, args.messages, args.profile)
-    check_targets(*results, sources=read)
+    results = (args.outputs, args.prometheus, args.heatmap)
+    read = (args.package, args.inputs, args.messages, args.profile)
+    check_targets(*results, args.state_out, sources=read)
+    # A state may take its own place: it is written whole, once the run has ended.
+    check_targets(*results, sources=[args.state_in])
     check_pictures(args.heatmap)
     thread_count(args)
 

@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 @pytest.mark.parametrize(
     ("option", "source"),
-    [("--outputs", "--inputs"), ("--state-out", "--state-in"), ("--heatmap", "--profile")],
+    [("--outputs", "--inputs"), ("--heatmap", "--profile")],
 )
 @pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
 def test_a_result_never_replaces_what_is_read(
@@ -150,6 +150,21 @@ def test_a_result_never_replaces_what_is_read(
     assert "it is what is read" in err
     assert place.read_bytes() == before
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_a_state_may_take_its_own_place(run: list[Any], tmp_path: Path, capsys: Any) -> None:
+    saved, first = tmp_path / "state.npz", tmp_path / "first.npz"
+    assert call(capsys, *run, "--state-out", first)[0] == 0
+    saved.write_bytes(first.read_bytes())
+    assert call(capsys, *run, "--state-in", saved, "--state-out", saved)[0] == 0
+    assert call(capsys, *run, "--state-in", first, "--state-out", tmp_path / "other.npz")[0] == 0
+    after, other = np.load(saved), np.load(tmp_path / "other.npz")
+    assert sorted(after) == sorted(other)
+    assert all(np.array_equal(after[name], other[name]) for name in after)
+    assert not all(np.array_equal(after[name], np.load(first)[name]) for name in after)
+    refused = call(capsys, *run, "--state-in", saved, "--outputs", saved)
+    assert refused[0] == 2
+    assert "it is what is read" in refused[2]
 
 
 def test_convert_spares_the_package_it_reads(
