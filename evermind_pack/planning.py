@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from evermind_manifests.destination import is_package
 from evermind_manifests.errors import InputError, LocationError
 from evermind_manifests.location import read_head
 from evermind_manifests.manifest import MANIFEST_NAME, Manifest
@@ -125,7 +126,7 @@ def open_subject(
                 hint="Give a name as org/name that is no path here.",
             )
         head = read_head(location, 1)
-        if head is None and not (path / MANIFEST_NAME).exists() and (path / CONFIG_NAME).is_file():
+        if head is None and not is_package(path) and (path / CONFIG_NAME).is_file():
             path, head = path / CONFIG_NAME, b"{"
         elif path.is_dir() and not (path / MANIFEST_NAME).exists():
             from evermind_exporters.huggingface.misfits import without_config
@@ -174,6 +175,11 @@ def package_subject(package: Package, context: int | None = None, *, here: bool 
     )
 
 
+def _weights_here(folder: Path) -> int:
+    """Bytes of the checkpoint's weights that lie there; a hub's cache may have links to nothing."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors") if file.is_file())
+
+
 def _config_subject(
     path: Path, dtype: ImportDType, trunk: ImportDType | None, context: int | None
 ) -> Subject:
@@ -190,7 +196,7 @@ def _config_subject(
         sizes=counted.sizes,
         folder=path.resolve().parent,
         checkpoint_bytes=counted.checkpoint_bytes,
-        weights_here=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")),
+        weights_here=_weights_here(path.parent),
         notes=(
             f"weights {how}, the state of a sequence of {counted.context:,} tokens",
             *counted.notes,

@@ -122,10 +122,10 @@ def _converse(answers: Chat, talk: Conversation, args: argparse.Namespace) -> No
         try:
             with stop_on_interrupt() as stop:
                 pieces = _pieces(answers, talk, args)
-                generated = follow(pieces, lambda piece: piece.text, stop.is_set)
+                # What a person typed (^C) is on the line as well.
+                generated = follow(pieces, lambda piece: piece.text, stop.is_set, begun=person)
         except KeyboardInterrupt:
             talk.messages.pop()
-            print()
             continue
         except EvermindPackError as error:
             if not person:

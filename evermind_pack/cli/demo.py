@@ -136,7 +136,7 @@ def _check_own(package: Path) -> None:
 
 
 def _check_generation(args: argparse.Namespace) -> None:
-    """Raise now what generating would raise after minutes of training."""
+    """Raise now what can be known before minutes of training."""
     from evermind_manifests.manifest import Generation
     from evermind_runtime.budget import parse_size
     from evermind_runtime.sampling import Sampling

@@ -15,7 +15,7 @@ from .terminal import counted
 
 _ENDINGS: dict[Finish, str] = {
     "stop": "the last of them a stop token",
-    "length": "as many as asked for (--max-new)",
+    "length": "as many as --max-new allows",
     "context": "which fill the model's context",
 }
 
@@ -55,10 +55,12 @@ def follow(
     pieces: Iterator[Piece],
     show: Callable[[Piece], str] | None,
     stopped: Callable[[], bool] = lambda: False,
+    *,
+    begun: bool = False,
 ) -> Generated:
     """Read all pieces, or those until `stopped`; print what `show` gives of each, if it is set.
 
-    What breaks off ends the line that was begun.
+    What breaks off ends the line, if it was `begun` before or something of it was shown.
     """
     tokens: list[int] = []
     texts: list[str] = []
@@ -76,7 +78,7 @@ def follow(
             if stopped():
                 break
     except (EvermindPackError, KeyboardInterrupt):
-        if show:
+        if show and (begun or tokens):
             print(flush=True)
         raise
     ended = time.perf_counter()

@@ -232,7 +232,7 @@ def _generate(model: Model, args: argparse.Namespace) -> None:
         print(args.prompt, end="", flush=True)
     codec = model.codec
     show = None if args.json else lambda piece: piece.text if codec else f"{piece.token} "
-    made = follow(generated, show)
+    made = follow(generated, show, begun=args.prompt is not None)
     if args.state_out:
         write_arrays(args.state_out, state.save())
     _report(model, args, made, {} if codec else {"text": None})

@@ -19,8 +19,9 @@ def check_targets(*paths: Path | None, sources: Sequence[str | Path | None] = ()
     Nor may one take the place of `sources`, what is read, or of a file of any package.
     """
     targets = [_target(path) for path in paths if path is not None]
-    if len(set(targets)) < len(targets):
-        raise InputError(f"{targets[0]}: expected a file of its own for each result")
+    twice = next((target for target in targets if targets.count(target) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: expected a file of its own for each result")
     read = [Path(os.path.realpath(source)) for source in sources if source is not None]
     for target in targets:
         check_outside_packages(target)

@@ -9,6 +9,7 @@ from typing import Any
 
 from evermind_manifests.errors import InputError
 from evermind_runtime import Model, Piece
+from evermind_runtime.arrays import check_inputs
 from evermind_runtime.budget import parse_size
 from evermind_runtime.layers import all_bytes, cycle_bytes, expert_layers, step_bytes
 from evermind_runtime.openers import open_location
@@ -136,6 +137,7 @@ def _record(args: argparse.Namespace) -> None:
             for made, _ in enumerate(generated, 1):
                 report(made, args.max_new or made)
         else:
+            check_inputs(model.manifest.plan, inputs)
             _begin(model, args.output)
             model.forward(inputs, steps=args.steps or "prefill")
     trace = read_trace(args.output)

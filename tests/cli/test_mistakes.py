@@ -13,8 +13,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import evermind_runtime as em
 import numpy as np
 import pytest
+from evermind_runtime.trace import read_trace
 
 from tests.cli.command_line import call
 from tests.packages import export, golden_source, lm_source
@@ -325,11 +327,21 @@ def test_an_error_begins_a_line_of_its_own(package: Path, tmp_path: Path, capsys
     """Tokens were shown before one needed an expert that is not there."""
     torn = tmp_path / "torn"
     shutil.copytree(package, torn)
-    for shard in (torn / "experts" / "l001").iterdir():
-        shard.unlink()
-    code, out, err = call(capsys, "run", torn, "--tokens", "1", "--plan", "half")
-    assert (code, out) == (3, "\n")
-    assert err.startswith("MissingFileError: experts/l001/")
+    with em.load(torn, plan="half") as model:
+        model.trace(tmp_path / "first.jsonl")
+        (first,) = model.generate([1], max_new_tokens=1, temperature=0.0)
+        shards = model.manifest.shards
+    steps = read_trace(tmp_path / "first.jsonl").steps
+    used = {(step.layer, expert) for step in steps for row in step.tokens for expert in row}
+    for shard in shards:
+        if (shard.layer, shard.expert) not in used:
+            (torn / shard.file).unlink()
+    options = ("--tokens", "1", "--temperature", "0", "--max-new", "32", "--plan", "half")
+    code, out, err = call(capsys, "run", torn, *options)
+    assert code == 3
+    assert out.startswith(f"{first.token} ")
+    assert out.endswith(" \n")
+    assert err.startswith("MissingFileError: experts/")
     assert "`evermind-pack validate` lists all that is missing" in err
 
 

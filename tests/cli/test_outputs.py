@@ -138,12 +138,14 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_a_result_never_replaces_what_is_read(
     option: str, source: str, link: Any, run: list[Any], tmp_path: Path, capsys: Any
 ) -> None:
-    place = tmp_path / "in.npz"
+    place = read = tmp_path / ("in.npz" if source == "--inputs" else "profile.json")
+    if source != "--inputs":
+        place.write_text("{}")
     if link is not None:
-        link(tmp_path / "again.npz", place)
-        place = tmp_path / "again.npz"
+        link(tmp_path / "again", place)
+        place = tmp_path / "again"
     before = place.read_bytes()
-    given = [] if source == "--inputs" else [source, tmp_path / "in.npz"]
+    given = [] if source == "--inputs" else [source, read]
     outputs = [] if option == "--outputs" else ["--outputs", tmp_path / "out.npz"]
     code, out, err = call(capsys, *run, *given, *outputs, option, place)
     assert (code, out) == (2, "")

@@ -165,6 +165,10 @@ def test_what_lies_here_of_a_checkpoint_is_said(
     for shard in range(2):
         (tmp_path / f"model-{shard}.safetensors").write_bytes(bytes(10 * 1024))
     assert f"of which 20.0 KiB lies in {tmp_path}" in call(capsys, "plan", tmp_path)[1]
+    # A cache's link to what was removed, and what is of no model.
+    (tmp_path / "model-2.safetensors").symlink_to("blobs/gone")
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(1024))
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
     assert plan(capsys, tmp_path)["weights_here"] == 20 * 1024
 
 

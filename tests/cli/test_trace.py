@@ -107,6 +107,11 @@ def test_arrays_are_recorded_too(steps: str | None, tmp_path: Path, capsys: Any)
     rows = [row for step in read_trace(path).steps for row in step.tokens]
     assert [sorted(row) for row in rows] == [sorted(row) for row in ids.tolist()]
 
+    recorded = path.read_bytes()
+    np.savez(tmp_path / "in.npz", y=x)
+    assert call(capsys, package, "--inputs", tmp_path / "in.npz", "-o", path)[0] == 2
+    assert path.read_bytes() == recorded
+
 
 def test_plots_are_pictures(recorded: Path, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("matplotlib")

@@ -16,6 +16,7 @@ from evermind_manifests.errors import (
     LocationError,
     UnsupportedError,
 )
+from evermind_manifests.manifest import SCHEMA
 from evermind_manifests.package import open_package
 from safetensors.numpy import load_file, save_file
 
@@ -90,8 +91,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         ({"adapter_config.json": "{}"}, "merge_and_unload"),
         ({"model.gguf": "GGUF"}, "GGUF files are not read"),
         ({"snapshots/abc/config.json": "{}"}, "snapshots/abc meant"),
-        ({"manifest.json": "{}", "source/config.json": "{}"}, "a package already"),
+        ({"manifest.json": f'{{"schema":"{SCHEMA}"}}'}, "a package already"),
+        ({"manifest.json": "{}", "inner/config.json": "{}"}, "inner meant"),
+        ({"model_index.json": "{}"}, "a pipeline of several models"),
         ({}, "as `save_pretrained` writes it"),
+        (
+            {"config.json": "{}", "adapter_config.json": "{}", "adapter_model.safetensors": ""},
+            "merge_and_unload",
+        ),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "Pickled .bin files"),
         ({"config.json": "{}", "a.safetensors": "", "b.safetensors": ""}, "the index"),
         ({"config.json": "{}", "a.safetensors": ""}, "call it model.safetensors"),
@@ -135,6 +142,7 @@ def test_the_way_out_is_said_for_what_is_no_checkpoint(
             {"model_type": "zorb", "auto_map": {"AutoConfig": "configuration_zorb.Zorb"}},
             "code of its own",
         ),
+        ({"model_type": [], "auto_map": {"AutoConfig": "a.B"}}, "code of its own"),
         ({"model_type": "zorb"}, "does not recognize this architecture"),
     ],
 )

@@ -27,10 +27,14 @@ from evermind_manifests.safetensors_header import (
 )
 
 from ..checkpoints.disk_file import DiskFile
-from .misfits import CONFIG_NAME as CONFIG_NAME
-from .misfits import INDEX_NAME as INDEX_NAME
-from .misfits import WEIGHTS_NAME as WEIGHTS_NAME
-from .misfits import damaged, without_config, without_weights
+from .misfits import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    damaged,
+    without_config,
+    without_weights,
+)
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024
 

@@ -13,8 +13,8 @@ from typing import Final
 from evermind_manifests.location import read_head
 
 from .chat_templates import TEMPLATES_FOLDER, TOKENIZER_CONFIG_NAME
-from .checkpoint import CONFIG_NAME
 from .generation_config import GENERATION_NAME
+from .misfits import CONFIG_NAME
 from .text import TOKENIZER_NAME
 
 DOCUMENTS_FOLDER: Final = "source/"

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from evermind_manifests.errors import CheckpointError
 from evermind_manifests.manifest import Generation
 
-from .checkpoint import CONFIG_NAME, read_json
+from .checkpoint import read_json
+from .misfits import CONFIG_NAME
 
 GENERATION_NAME = "generation_config.json"
 

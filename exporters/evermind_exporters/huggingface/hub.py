@@ -25,8 +25,9 @@ from evermind_manifests.errors import (
 )
 
 from .chat_templates import TEMPLATES_FOLDER
-from .checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_index
+from .checkpoint import read_index
 from .documents import DOCUMENTS, VOCABULARIES
+from .misfits import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from .text import TOKENIZER_NAME
 
 Progress: TypeAlias = Callable[[int, int], None]

@@ -246,10 +246,12 @@ def _check_finite(logits: np.ndarray[Any, Any], trunk: Trunk, folder: Path) -> N
     if np.isfinite(logits).all():
         return
     named = trunk.damaged()
-    where = ", ".join(named[:3]) + (", …" if len(named) > 3 else "") if named else "some expert"
+    where = f"such values are in: {', '.join(named[:3])}" + (", …" if len(named) > 3 else "")
+    if not named:
+        where = "no weight outside the experts has such values: an expert has, or sums overflowed"
     raise CheckpointError(
         f"{folder}: expected finite logits of these weights, found infinite ones or NaN in "
-        f"transformers' own; such values are in: {where}",
+        f"transformers' own; {where}",
         hint="The checkpoint is damaged, or its training diverged: fetch it again, or another.",
     )
 

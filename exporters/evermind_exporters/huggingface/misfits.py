@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from evermind_manifests.manifest import MANIFEST_NAME
+from evermind_manifests.destination import is_package
 
 CONFIG_NAME: Final = "config.json"
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 # How a file begins that git-lfs has not fetched (its specification, version 1).
 _POINTER: Final = b"version https://git-lfs"
+_ADAPTER: Final = (
+    "It holds an adapter, not a model: merge it into its base model first (peft's "
+    "`merge_and_unload`, then `save_pretrained`)."
+)
 _GGUF: Final = "GGUF files are not read: give the checkpoint that they were made of."
 
 
@@ -19,18 +23,19 @@ def no_folder(path: Path) -> str | None:
     """What to do with a path where no folder is."""
     if path.suffix == ".gguf":
         return _GGUF
-    return f"Give the folder that it lies in: {path.parent}" if path.is_file() else None
+    if not path.is_file():
+        return None
+    if path.suffix in {".json", ".safetensors"}:
+        return f"Give the folder that it lies in: {path.parent}"
+    return "A checkpoint is a folder; packages are run as they are: `evermind-pack run`."
 
 
 def without_config(folder: Path) -> str:
     """What to do with a folder that has no config.json."""
-    if (folder / MANIFEST_NAME).is_file():
+    if is_package(folder):
         return "It is a package already: `evermind-pack run` and `inspect` take it as it is."
     if (folder / "adapter_config.json").is_file():
-        return (
-            "It holds an adapter, not a model: merge it into its base model first (peft's "
-            "`merge_and_unload`, then `save_pretrained`)."
-        )
+        return _ADAPTER
     if any(folder.glob("*.gguf")):
         return _GGUF
     if (folder / "model_index.json").is_file():
@@ -48,6 +53,8 @@ def without_weights(folder: Path) -> str:
     for name in (WEIGHTS_NAME, INDEX_NAME):
         if (folder / name).is_symlink():
             return f"{name} is a link to a file that is not there: fetch it again."
+    if (folder / "adapter_config.json").is_file():
+        return _ADAPTER
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(others) > 1:
         return f"{others[0]} and others are there: fetch the index that belongs to them."

@@ -22,7 +22,8 @@ from evermind_manifests.dtypes import count_nonfinite, decode
 from evermind_manifests.errors import CheckpointError, UnsupportedError
 from evermind_manifests.manifest import DType
 
-from .checkpoint import CONFIG_NAME, Checkpoint, Rows
+from .checkpoint import Checkpoint, Rows
+from .misfits import CONFIG_NAME
 
 QUANTIZATION: Final = "quantization_config"
 _FP8_METHODS, _MXFP4_METHOD = ("fp8", "mxfp8"), "mxfp4"

@@ -41,8 +41,9 @@ from evermind_manifests.source_map import (
 )
 from evermind_manifests.staging import Staging
 
-from .checkpoint import CONFIG_NAME, INDEX_NAME, is_plain
+from .checkpoint import is_plain
 from .documents import DOCUMENTS_FOLDER, SHARED
+from .misfits import CONFIG_NAME, INDEX_NAME
 
 Progress: TypeAlias = Callable[[int, int], None]
 

@@ -118,6 +118,8 @@ def _by_rows(
     if len(places) != 1:
         return None
     weight = trunk.name(places[0].parameter)
+    if not trunk.has_rows(weight):
+        return None
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
         rows = [trunk.rows(weight, one, one + 1) for one in ids.flatten().tolist()]

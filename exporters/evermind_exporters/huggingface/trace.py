@@ -13,10 +13,11 @@ from evermind_manifests.manifest import Half, StateSpec
 
 from ..reason import reason
 from . import attention
-from .checkpoint import CONFIG_NAME, read_json
+from .checkpoint import read_json
 from .experts import ExpertsModule
 from .fixes import fixes
 from .half import TORCH_DTYPES
+from .misfits import CONFIG_NAME
 from .opaque import opaque_experts
 from .quantized import QUANTIZATION
 from .recurrent import RECURRENT_CACHES, scanned_recurrences
@@ -91,9 +92,10 @@ def _check_config(folder: Path) -> None:
 
     path = folder / CONFIG_NAME if folder.is_dir() else folder
     said = read_json(path)
-    if said.get("auto_map") and said.get("model_type") not in CONFIG_MAPPING:
+    kind = said.get("model_type")
+    if said.get("auto_map") and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise UnsupportedError(
-            f"{path}: model_type {said.get('model_type')!r:.80}: transformers "
+            f"{path}: model_type {kind!r:.80}: transformers "
             f"{metadata.version('transformers')} does not know it, and the checkpoint brings code "
             "of its own (auto_map), which is never run",
             hint="Models that transformers itself can make are imported.",

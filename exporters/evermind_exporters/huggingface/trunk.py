@@ -162,11 +162,14 @@ class Trunk:
             begin += block.size
         return result.reshape(one.shape)
 
+    def has_rows(self, weight: str) -> bool:
+        """Whether some of its rows can be had without the others."""
+        return not isinstance(self._weights[weight].source, Converted)
+
     def rows(self, weight: str, begin: int, end: int) -> npt.NDArray[np.float32]:
-        """Rows `begin` to `end` of a matrix, as `values` has them."""
+        """Rows `begin` to `end` of a matrix that `has_rows`, as `values` has them."""
         one = self._weights[weight]
-        if isinstance(one.source, Converted):
-            return self.values(weight)[begin:end]
+        assert not isinstance(one.source, Converted)
         width = one.shape[1]
         found = self._checkpoint.values(one.source, begin * width, end * width)
         if one.found != one.stored:
