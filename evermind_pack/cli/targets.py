@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from evermind_manifests.destination import check_outside_packages, replacing
+from evermind_manifests.destination import check_outside_packages, is_package_zip, replacing
 from evermind_manifests.errors import InputError
 
 
 def check_targets(*paths: Path | None, sources: Sequence[str | Path | None] = ()) -> None:
     """Raise `InputError` before anything is computed if a result could not be written.
 
-    Nor may one take the place of `sources`, what is read, or of a file of any package.
+    Nor may one take the place of `sources`, what is read, or of any package or a file of it.
     """
     targets = [_target(path) for path in paths if path is not None]
     twice = next((target for target in targets if targets.count(target) > 1), None)
@@ -28,6 +28,8 @@ def check_targets(*paths: Path | None, sources: Sequence[str | Path | None] = ()
         for source in read:
             if _same(target, source):
                 raise InputError(f"{target}: it is what is read: expected another file to write")
+        if is_package_zip(target):
+            raise InputError(f"{target}: it is a package: expected another file to write")
 
 
 def write_file(path: Path, data: bytes) -> None:

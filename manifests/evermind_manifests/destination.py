@@ -9,16 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import InputError
+from .errors import EvermindPackError, InputError, LocationError
+from .location import read_head
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SCHEMA
+from .zip_store import ZipStore
 
 
 def is_package(folder: Path) -> bool:
     """Whether a folder's manifest.json is a package's, and not a web page's, say."""
     try:
-        with (folder / MANIFEST_NAME).open("rb") as file:
-            return SCHEMA.encode() in file.read(MAX_MANIFEST_BYTES)
-    except OSError:
+        head = read_head(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    except LocationError:
+        return False
+    return head is not None and SCHEMA.encode() in head
+
+
+def is_package_zip(path: Path) -> bool:
+    """The same of a single file: whether it is a zip whose manifest.json is a package's."""
+    try:
+        with ZipStore(path) as store:
+            return SCHEMA.encode() in store.read(MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+    except (EvermindPackError, OSError):
         return False
 
 

@@ -12,16 +12,14 @@ import errno
 import fcntl
 import os
 import shutil
-import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .destination import check_outside_packages, is_package
+from .destination import check_outside_packages, is_package, is_package_zip
 from .errors import ExportError
 from .journal import JOURNAL_NAME, read_journal, sync
-from .manifest import MANIFEST_NAME
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -217,7 +215,7 @@ class Staging:
         if not os.path.lexists(place):
             return
         # Only a package is ever replaced: not a home folder that was named by mistake.
-        package = not place.is_symlink() and (_is_package_zip(place) or _is_package_folder(place))
+        package = not place.is_symlink() and (is_package_zip(place) or _is_package_folder(place))
         if not self._overwrite:
             raise ExportError(
                 f"{place}: exists already",
@@ -271,17 +269,6 @@ def _try_lock(folder: Path) -> int | None:
         os.close(fd)
         return None
     return fd
-
-
-def _is_package_zip(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return MANIFEST_NAME in archive.NameToInfo
-    # Damage fails in ways of its own, an unknown version as NotImplementedError.
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return False
 
 
 def _is_package_folder(path: Path) -> bool:

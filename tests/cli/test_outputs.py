@@ -190,6 +190,17 @@ def test_convert_spares_the_package_it_reads(
         assert opened.manifest.family == "evermind-lm"
 
 
+def test_a_result_does_not_replace_another_package(
+    run: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    other = export(lm_source(), tmp_path / "other.zip")
+    before = other.read_bytes()
+    code, out, err = call(capsys, *run, "--outputs", other)
+    assert (code, out) == (2, "")
+    assert "other.zip: it is a package" in err
+    assert other.read_bytes() == before
+
+
 def test_no_run_is_trained_into_a_package(package: Path, tmp_path: Path, capsys: Any) -> None:
     before = sorted(package.rglob("*"))
     command = ["train", "tokitai", "-o", package / "run", "--size", "nano", "--steps", "1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -128,9 +129,48 @@ def make_torn_archive(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def make_extension(path: Path, compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("manifest.json", '{"manifest_version": 3, "name": "extension"}')
+
+
+def make_compressed_extension(path: Path) -> None:
+    make_extension(path, zipfile.ZIP_DEFLATED)
+
+
+def make_encrypted_extension(path: Path) -> None:
+    make_extension(path)
+    data = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + flags] |= 1
+    path.write_bytes(data)
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_folder_with_a_pipe(path: Path) -> None:
+    path.mkdir()
+    os.mkfifo(path / "manifest.json")
+
+
 @pytest.mark.parametrize("name", ["p", "p.zip"])
 @pytest.mark.parametrize(
-    "make", [make_folder, make_file, make_link, make_web_page, make_archive, make_torn_archive]
+    "make",
+    [
+        make_folder,
+        make_file,
+        make_link,
+        make_web_page,
+        make_archive,
+        make_torn_archive,
+        make_extension,
+        make_compressed_extension,
+        make_encrypted_extension,
+        make_pipe,
+        make_folder_with_a_pipe,
+    ],
 )
 def test_only_a_package_is_ever_replaced(tmp_path: Path, make: Any, name: str) -> None:
     make(tmp_path / name)
@@ -138,6 +178,12 @@ def test_only_a_package_is_ever_replaced(tmp_path: Path, make: Any, name: str) -
     with pytest.raises(ExportError, match="expected a package to replace"):
         write_tiny(tmp_path / name, overwrite=True)
     assert listing(tmp_path) == before
+
+
+def test_a_pipe_that_is_named_as_a_manifest_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    write_tiny(tmp_path / "p")
+    assert listing(tmp_path) == ["manifest.json", "p"]
 
 
 @pytest.mark.parametrize("name", ["q", "q.zip", "experts/q", "manifest.json"])
