@@ -298,23 +298,26 @@ class Pager:
         keys = [(layer, expert) for expert in experts]
         table, resident = self._table, self._table.resident
         missing: list[ExpertKey] | None = None
-        started, alone = 0.0, True
+        started, helped = 0.0, False
         while True:
             with self._lock:
                 if self._closed:
                     raise ClosedError(f"{self._package.location}: this model has been closed")
-                # What another was to read may have failed, and lie elsewhere since.
-                if not alone and table.unpin(pinned):
-                    open_gates(self._waiting)
+                before = table.pinned
+                if helped:
+                    # What another was to read may have failed, and lie elsewhere since.
+                    table.unpin(pinned)
                 absent = [key for key in keys if key not in resident]
                 if missing is None:
                     missing = absent
+                if not absent and not pinned:
+                    table.pin([resident[key] for key in keys], pinned)
+                if table.pinned < before:
+                    open_gates(self._waiting)
                 if not absent:
-                    if not pinned:
-                        table.pin([resident[key] for key in keys], pinned)
                     if missing:
                         self.counters.wait_seconds += time.perf_counter() - started
-                    return self._used(keys, missing)
+                    return self._used(keys, missing, helped)
                 gate = None
                 if table.fits(keys) or (self._reclaim() and table.fits(keys)):
                     mine, others = self._start(keys, pinned)
@@ -325,11 +328,17 @@ class Pager:
             if gate:
                 gate.acquire(timeout=_RECLAIM_SECONDS)
             else:
-                alone = self._complete(mine, others)
+                helped |= self._complete(mine, others)
 
-    def _used(self, keys: Sequence[ExpertKey], missing: Collection[ExpertKey]) -> list[Slot]:
+    def _used(
+        self, keys: Sequence[ExpertKey], missing: Collection[ExpertKey], helped: bool
+    ) -> list[Slot]:
         """A step has its experts: tell the counters, and the policy of those that were there."""
         layer = keys[0][0]
+        if helped:
+            # Whoever read first: those that were missing were used in the order of `keys`.
+            for key in missing:
+                self._policy.touched(key)
         read = self._missed.get(layer, ())
         misses = len(missing)
         for key in keys:
@@ -368,6 +377,10 @@ class Pager:
                 job = table.loading[key]
                 self._demands += not job.wanted
                 job.wanted, job.cancelled = True, False
+                if job.guess and not job.claimed and self._readers:
+                    # No guess is begun while a step waits, and what this one reads may fail.
+                    self._urgent.append(job)
+                    self._readers.wake(self._work)
                 table.pin([job.slots[job.keys.index(key)]], pinned)
                 others.append(job)
                 continue
@@ -392,7 +405,7 @@ class Pager:
         return job
 
     def _complete(self, mine: Job | None, others: Sequence[Job]) -> bool:
-        """Read, and wait for what readers and others read; whether there was none of that.
+        """Read, and wait for what readers and others read; whether there was any of that.
 
         Raises what went wrong with a job of one's own: others' are worth another try.
         """
@@ -410,7 +423,7 @@ class Pager:
         for job in left:
             if isinstance(job.error, Exception) and not isinstance(job.error, ReadAbandonedError):
                 raise job.error
-        return not jobs
+        return bool(jobs)
 
     def _claim(self, job: Job) -> bool:
         """Whether it is this thread that does the job."""
@@ -456,8 +469,8 @@ class Pager:
         error: BaseException | None = None
         try:
             proceed = (lambda: self._proceeds(job)) if job.guess and not job.wanted else None
-            alone = self._readers is None or proceed is not None
-            waits = None if alone else lambda at: self._call_readers(job, at, others)
+            helped = self._readers and proceed is None
+            waits = (lambda at: self._call_readers(job, at, others)) if helped else None
             self.reader.fill(job.keys, job.slots, job.read, proceed, waits)
         except BaseException as caught:
             error = caught
@@ -473,13 +486,14 @@ class Pager:
         """Leave what follows `at` in `job`, and what nobody has begun, to the readers."""
         assert self._readers
         with self._lock:
-            self._cached = 0
             for key, slot in zip(job.keys[at + 1 :], job.slots[at + 1 :], strict=True):
                 one = Job([key], [slot], wanted=True)
                 self._demands += 1
                 self._table.loading[key] = one
                 job.left.append(one)
             del job.keys[at + 1 :], job.slots[at + 1 :], job.read[at + 1 :]
+            # Those that stay are added once they are read, and are no reads after this one.
+            self._cached = -len(job.keys)
             waiting = [one for one in (*job.left, *others) if not one.claimed]
             self._urgent += waiting
         for _ in waiting:
@@ -495,6 +509,8 @@ class Pager:
         for key, read in zip(job.keys, job.read, strict=False):
             self.counters.bytes_read += read
             self.pages[key].bytes_read += read
+        # With an error its neighbours go too: `fill` does not tell which of them had been
+        # verified, a request that fails has no use for them, and reading them again is rare.
         self._table.end(job, job.keys, job.slots, filled=error is None)
         job.error = error
         # Whoever still finds it in a queue must not touch the slots.

@@ -104,8 +104,8 @@ class ShardReader:
         Otherwise raises `ShardDigestError` or `ShardError` where a shard is not what the
         manifest says, or what the store raises.
         """
-        alone = waits is None
-        if alone and len(keys) > 1 and self._neighbours and self.mode == "buffered":
+        together = self._neighbours and self.mode == "buffered"
+        if waits is None and len(keys) > 1 and together:
             self._fill_together([self._package.shard(*key) for key in keys], slots, read)
             return
         # As many as `waits` leaves there.
@@ -116,7 +116,7 @@ class ShardReader:
             with slot.filling() as room:
                 done = 0
                 if self._nowait and not unknown and proceed is None:
-                    done = self._read_once(shard, room, 0 if alone else os.RWF_NOWAIT)
+                    done = self._read_once(shard, room, 0 if waits is None else os.RWF_NOWAIT)
                 if done == shard.bytes:
                     read[at] = done
                     continue
@@ -195,8 +195,9 @@ class ShardReader:
     def _read_once(self, shard: Shard, room: memoryview, flags: int) -> int:
         """How many of its bytes one read gives, from the first on."""
         try:
-            file, fd, begin, _ = self._files.acquire(shard.file, 0)
+            file, fd, begin, length = self._files.acquire(shard.file, 0)
             try:
+                _check_length(shard, length)
                 return os.preadv(fd, [room[: shard.bytes]], begin + shard.offset, flags)
             finally:
                 file.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import evermind_runtime as em
@@ -17,13 +17,18 @@ def same_bits(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     return all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
 
 
-def settle(model: em.Model) -> None:
-    """Wait until nothing is being read and no thread of the pool is taken."""
+def poll(reached: Callable[[], object]) -> None:
+    """Wait until it is; fails if it never is."""
     for _ in range(_POLLS):
-        if not model._pager.slots.loading and not onnx_runtime._workers_taken:
+        if reached():
             return
         time.sleep(0.001)
-    raise AssertionError("something is still being read or computed")
+    raise AssertionError("waited in vain")
+
+
+def settle(model: em.Model) -> None:
+    """Wait until nothing is being read and no thread of the pool is taken."""
+    poll(lambda: not model._pager.slots.loading and not onnx_runtime._workers_taken)
 
 
 def check_idle(model: em.Model) -> None:

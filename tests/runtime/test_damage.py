@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from evermind_manifests.errors import (
     TruncatedError,
 )
 from evermind_manifests.manifest import encode_manifest, parse_manifest
+
+from tests.packages import export, random_source
+from tests.runtime.paging import check_idle
 
 TOKENS = {"tokens": list(range(60))}
 
@@ -168,6 +172,29 @@ def test_verification_can_be_left_out_or_repeated(package: Path) -> None:
         model.forward(TOKENS)
     with em.load(package, budget="25%", verify="always") as model, pytest.raises(ShardDigestError):
         model.forward(TOKENS)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_what_lies_behind_a_short_member_of_a_zip_is_no_expert(tmp_path: Path, width: int) -> None:
+    """Small experts and large ones, with nothing to verify them."""
+    config = {
+        "vocabSize": 60,
+        "dModel": width,
+        "numLayers": 2,
+        "hiddenDim": 2 * width,
+        "numExperts": 4,
+        "topK": 2,
+    }
+    path = export(random_source("evermind-lm", config), tmp_path / "whole.zip")
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "lm.zip", "w") as short:
+        for name in whole.namelist():
+            cut = 64 if name.endswith("l001/e0002.moe0") else 0
+            short.writestr(name, whole.read(name)[: -cut or None])
+    with em.load(tmp_path / "lm.zip", plan="paged", verify="never") as model:
+        with pytest.raises(TruncatedError, match="l001/e0002"), model._pager.acquire(1, [1, 2]):
+            pass
+        check_idle(model)
+        assert (1, 2) not in model._pager.slots.resident
 
 
 def test_damage_after_the_first_read_is_seen_when_always_verifying(package: Path) -> None:

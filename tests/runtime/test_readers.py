@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,14 @@ from evermind_manifests.errors import (
     TruncatedError,
 )
 from evermind_runtime import jobs, pager, slots
+from evermind_runtime.replay import replay
 from evermind_runtime.shard_reader import ShardReader
+from evermind_runtime.trace import read_trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.packages import export, random_source
-from tests.runtime.paging import check_idle, same_bits
+from tests.runtime.paging import check_idle, poll, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -113,6 +115,22 @@ def test_slow_and_uneven_reads_change_no_bit(
         check_idle(model)
 
 
+@pytest.mark.parametrize("policy", ["decayed", "lru"])
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_a_replay_counts_what_large_experts_cost(
+    package: Path, tmp_path: Path, policy: Any, count: int
+) -> None:
+    """Of tokens that are decoded, whoever read what they missed."""
+    budget = count * slot_size(package)
+    with load(package, budget=budget, policy=policy, verify="never", guess="off") as model:
+        model.trace(tmp_path / "t.jsonl")
+        model.forward(TOKENS, steps="decode")
+        stats = model.stats()
+    found = replay(read_trace(tmp_path / "t.jsonl"), policy, budget)
+    assert (stats.expert_hits, stats.expert_misses) == (found.hits, found.misses)
+    assert 0 < found.misses < LAYERS * TOP_K * len(TOKENS["tokens"]) or count == 2
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 12])
 def test_a_chunk_reads_each_expert_once(package: Path, count: int) -> None:
     reads: Counter[str] = Counter()
@@ -132,10 +150,12 @@ def test_a_chunk_reads_each_expert_once(package: Path, count: int) -> None:
 
 def test_the_experts_of_a_token_are_read_at_the_same_time(package: Path) -> None:
     """Neither read ends before the other has begun."""
-    both = threading.Barrier(TOP_K)
+    begun: Counter[str] = Counter()
 
     def together(read: Read, path: str, offset: int, buffer: memoryview) -> None:
-        both.wait(timeout=30)
+        layer = path.rpartition("/")[0]
+        begun[layer] += 1
+        poll(lambda: begun[layer] == TOP_K)
         read(path, offset, buffer)
 
     with load(package) as model:
@@ -149,9 +169,9 @@ def test_what_the_page_cache_lacks_is_left_to_the_readers(
 ) -> None:
     """Of three, the first is copied; the others are read at the same time, by two threads. Who
     waited for the last of them before that was known gets it too."""
-    both = threading.Barrier(2)
+    begun: list[str] = []
     found: list[bytes] = []
-    waits = threading.Thread(target=lambda: found.append(content(0, 2)))
+    waits = threading.Thread(target=lambda: found.append(content(0, 2)), daemon=True)
 
     def content(layer: int, expert: int) -> bytes:
         with model._pager.acquire(layer, [expert]) as slots, slots[0].filling() as view:
@@ -163,12 +183,12 @@ def test_what_the_page_cache_lacks_is_left_to_the_readers(
         job = model._pager.slots.loading[0, 2]
         assert job.keys == [(0, 0), (0, 1), (0, 2)]
         waits.start()
-        while not job.gates:
-            time.sleep(0.001)
+        poll(lambda: job.gates)
         return honest(self, shard, *rest)
 
     def together(read: Read, path: str, offset: int, buffer: memoryview) -> None:
-        both.wait(timeout=30)
+        begun.append(path)
+        poll(lambda: len(begun) == 2)
         read(path, offset, buffer)
 
     honest = ShardReader._read_once
@@ -178,10 +198,80 @@ def test_what_the_page_cache_lacks_is_left_to_the_readers(
         watch(model, together)
         monkeypatch.setattr(ShardReader, "_read_once", read_once)
         with model._pager.acquire(0, [0, 1, 2]):
-            waits.join(timeout=30)
+            poll(lambda: not waits.is_alive())
         assert found == [right]
         assert model.stats().bytes_read == 3 * model.manifest.shards[0].bytes
         check_idle(model)
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, expert: int, failing: Collection[int] = ()) -> None:
+    """Have the page cache lack this expert, and reads that ask it for those that fail do so."""
+
+    def read_once(self: ShardReader, shard: Any, *rest: Any) -> int:
+        if shard.expert in failing:
+            raise IntegrityError("made for a test")
+        return 0 if shard.expert == expert else honest(self, shard, *rest)
+
+    honest = ShardReader._read_once
+    monkeypatch.setattr(ShardReader, "_read_once", read_once)
+
+
+def test_a_read_of_the_disk_is_counted_apart_from_those_before_it(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of so many that guesses would end with as many that the page cache has, it lacks one."""
+    monkeypatch.setattr(pager, "_CACHED_READS", EXPERTS)
+    with load(package, budget="50%", verify="never") as model:
+        with monkeypatch.context() as cold:
+            lacking(cold, EXPERTS - 1)
+            for layer in range(LAYERS):
+                with model._pager.acquire(layer, range(EXPERTS)):
+                    assert model._pager.guesses(layer)
+        lacking(monkeypatch, EXPERTS)
+        with model._pager.acquire(0, range(EXPERTS)):
+            assert not model._pager.guesses(0)
+
+
+def test_a_guess_that_a_step_joins_is_read_though_the_step_fails(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was another's, and no reader had begun with it."""
+    with load(package, budget="50%", verify="never") as model:
+        readers = model._pager._readers
+        assert readers is not None
+        with monkeypatch.context() as asleep:
+            asleep.setattr(readers, "wake", lambda work: None)
+            other = threading.Thread(target=model._pager.guess, args=(0, [5]), daemon=True)
+            other.start()
+            poll(lambda: not other.is_alive())
+        assert model._pager.slots.loading
+        lacking(monkeypatch, 5, failing=[3])
+        with pytest.raises(IntegrityError), model._pager.acquire(0, [3, 5]):
+            pass
+        check_idle(model)
+        assert model._pager.slots.resident.keys() == {(0, 5)}
+        assert model.stats().bytes_read == model.manifest.shards[0].bytes
+
+
+def test_what_readers_read_counts_as_used_in_the_order_asked_for(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last is read first. What was there counts as used after all that was not."""
+    asked = [4, 1, 0, 3]
+
+    def backwards(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        resident = model._pager.slots.resident
+        poll(lambda: "e0003" in path or (0, 3) in resident)
+        read(path, offset, buffer)
+
+    with load(package, budget="84%", policy="lru", verify="never") as model:
+        with model._pager.acquire(0, [1]):
+            pass
+        watch(model, backwards)
+        monkeypatch.setattr(ShardReader, "_read_once", lambda *_: 0)
+        with model._pager.acquire(0, asked):
+            order = [expert for _, expert in model._pager._policy._order]  # type: ignore[attr-defined]
+    assert order == [4, 0, 3, 1]
 
 
 def test_a_chunk_reads_ahead_while_an_expert_runs(package: Path) -> None:
@@ -190,10 +280,7 @@ def test_a_chunk_reads_ahead_while_an_expert_runs(package: Path) -> None:
         table = model._pager.slots
         with closing(model._pager.stream(0, range(EXPERTS))) as stream:
             next(stream)
-            deadline = time.monotonic() + 30
-            while len(table.resident) < 3:
-                assert time.monotonic() < deadline
-                time.sleep(0.001)
+            poll(lambda: len(table.resident) == 3)
             assert table.resident.keys() == {(0, 0), (0, 1), (0, 2)}
             assert not table.loading
             assert table.pinned == 1
@@ -226,6 +313,42 @@ def test_an_error_in_any_read_reaches_the_caller(
         check_idle(model)
         broken.clear()
         assert same_bits(model.forward(TOKENS, steps=steps), expected[steps])
+
+
+def test_what_a_reader_fails_to_read_others_try_again(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was left to a reader by one who needs it, and another waits for it: only one fails."""
+    begun: list[str] = []
+    found: list[bytes] = []
+
+    def content() -> bytes:
+        with model._pager.acquire(0, [1]) as slots, slots[0].filling() as view:
+            return bytes(view)
+
+    def failing(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        begun.append(path)
+        if "e0000" in path:
+            poll(lambda: len(begun) == 2)
+        elif len(begun) == 2:
+            job = model._pager.slots.loading[0, 1]
+            waits.start()
+            poll(lambda: len(job.gates) == 2)
+            raise IntegrityError("made for a test")
+        read(path, offset, buffer)
+
+    with load(package, verify="never") as model:
+        right = content()
+    monkeypatch.setattr(ShardReader, "_read_once", lambda *_: 0)
+    waits = threading.Thread(target=lambda: found.append(content()), daemon=True)
+    with load(package, verify="never") as model:
+        watch(model, failing)
+        with pytest.raises(IntegrityError), model._pager.acquire(0, [0, 1]):
+            pass
+        poll(lambda: not waits.is_alive())
+        assert found == [right]
+        assert len(begun) == 3
+        check_idle(model)
 
 
 def test_a_wrong_digest_is_read_again_once_and_then_named(package: Path) -> None:
@@ -441,9 +564,9 @@ def test_closing_between_a_read_and_its_use(package: Path, monkeypatch: pytest.M
     honest = pager.Pager._complete
 
     def complete(self: pager.Pager, *rest: Any) -> bool:
-        alone = honest(self, *rest)
+        helped = honest(self, *rest)
         self.close()
-        return alone
+        return helped
 
     monkeypatch.setattr(pager.Pager, "_complete", complete)
     with load(package, budget="34%") as model, pytest.raises(ClosedError):
@@ -483,6 +606,45 @@ def test_closing_waits_for_reads_and_ends_the_threads(package: Path) -> None:
     assert not any(one.is_alive() for one in mine._threads)
     with pytest.raises(ClosedError):
         model.forward(TOKENS)
+
+
+def test_closing_gives_up_what_was_left_to_the_readers(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three are being read, by who needs them and both readers; three wait for a reader."""
+    begun: list[str] = []
+    found: list[BaseException] = []
+    go_on = False
+
+    def held(read: Read, path: str, offset: int, buffer: memoryview) -> None:
+        begun.append(path)
+        poll(lambda: go_on)
+        read(path, offset, buffer)
+
+    def work() -> None:
+        try:
+            with model._pager.acquire(0, range(EXPERTS)):
+                pass
+        except ClosedError as error:
+            found.append(error)
+
+    monkeypatch.setattr(ShardReader, "_read_once", lambda *_: 0)
+    model = load(package, budget="84%", verify="never")
+    watch(model, held)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    poll(lambda: len(begun) == 3)
+    loading = model._pager.slots.loading
+    assert len(loading) == EXPERTS
+    closing = threading.Thread(target=model.close, daemon=True)
+    closing.start()
+    poll(lambda: len(loading) == 3)
+    assert closing.is_alive()
+    go_on = True
+    poll(lambda: not thread.is_alive() and not closing.is_alive())
+    assert found
+    assert not loading
+    assert len(begun) == 3
 
 
 def test_a_model_that_is_forgotten_ends_its_threads(package: Path) -> None:
