@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evermind_manifests.errors import EvermindPackError
-from evermind_runtime import Piece
-from evermind_runtime.generation import Finish
+from evermind_runtime import Finish, Piece
 
 from .terminal import counted
 

@@ -9,7 +9,7 @@ for piece in model.generate("def ", max_new_tokens=64):
 from __future__ import annotations
 
 from .chat import Chat
-from .generation import Piece
+from .generation import Finish, Piece
 from .introspection import Introspection
 from .limbic import LimbicSession, LimbicStep
 from .model import Model, PagingWarning, ThreadsWarning, load
@@ -18,6 +18,7 @@ from .stats import Stats
 
 __all__ = [
     "Chat",
+    "Finish",
     "Introspection",
     "LimbicSession",
     "LimbicStep",

@@ -29,16 +29,20 @@ def check_threads(threads: int | None, cores: int) -> None:
 
 def suited_threads(manifest: Manifest, cores: int) -> int:
     """The threads that decode a token soonest, of `cores` that may be used."""
-    if manifest.parameters.active <= SMALL_MATRIX:
-        return 1  # nothing of it is a larger matrix
     largest = max(map(_largest_matrix, manifest.kinds.values()), default=0)
-    if not 0 < largest <= SMALL_MATRIX:
+    if largest > SMALL_MATRIX:
+        return cores
+    # What the manifest declares, and nobody has counted.
+    active = manifest.parameters.active
+    if 0 < active <= SMALL_MATRIX:
+        return 1  # nothing of it is a larger matrix
+    if not largest:
         return cores
     experts = sum(
         layer.top_k * sum(math.prod(spec.shape) for spec in manifest.kinds[layer.kind].tensors)
         for layer in manifest.layers
     )
-    beside = manifest.parameters.active - experts
+    beside = active - experts
     return 1 if beside <= _MOST_BESIDE * experts else cores
 
 

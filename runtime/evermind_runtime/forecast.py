@@ -54,7 +54,7 @@ FORMULA: Final[Mapping[str, str]] = {
     " most = (budget - step) / (cycle_bytes - step), step = cycle_bytes / layers,"
     " but 1 from cycle_bytes on; 1 with all experts resident; 0 below cycle_bytes with the policy"
     " lru; with a trace what its replay under the policy gives; with a profile, unless the policy"
-    " is lru, at least the share of uses of the hottest experts that fill the budget",
+    " is lru, at least min(what the hottest experts that fill the budget have of the uses, most)",
     "bound": "1 / max(bytes_per_token / disk_rate, active_bytes / memory_rate)",
     "load_seconds": "(resident_bytes + pooled_from) * (1 / disk_rate + 1 / sha256_rate)"
     f" + {LOAD_CALLS} * call_seconds",
@@ -140,7 +140,7 @@ def skewed_hit_rate(share: float, skew: float = SKEW) -> float:
 
 
 def most_hits(sizes: ModelSizes, budget: int) -> float:
-    """The share of hits that no policy exceeds, Belady's neither.
+    """The share of hits that no policy exceeds, Belady's neither, with experts of equal size.
 
     Between two uses an expert of one layer sits through the steps of all others, beside what
     these pin: over a cycle, every step leaves `budget - step` bytes for the hits of the rest.

@@ -83,7 +83,9 @@ def generate(
 def _check_room(tokens: int, state: State) -> None:
     """Raise `InputError` for a prompt that the model's context cannot take, before it is run."""
     room = state.room
-    if room is None or max(1, tokens) <= room:
+    # An empty prompt starts from a token too.
+    tokens = max(1, tokens)
+    if room is None or tokens <= room:
         return
     more = "" if state.fresh else " more"
     raise InputError(
@@ -116,6 +118,9 @@ def _loop(
     hidden: frozenset[int],
     state: State,
 ) -> Iterator[Piece]:
+    # Another may have filled the state since this one was called.
+    if limit:
+        _check_room(len(prompt), state)
     text = model.codec.stream() if model.codec else None
     # The peer starts an empty prompt from token 0 but does not keep it as context
     # (specs/evermind-formats.md, section 8.4).

@@ -32,8 +32,20 @@ def test_a_text_ends_where_the_context_is_full(model: em.Model) -> None:
     assert len(pieces) == 5
     assert [piece.finish for piece in pieces] == [None] * 4 + ["context"]
     assert state.room == 0
-    with pytest.raises(InputError, match=r"expected at most 0 more tokens.*found 1"):
-        model.generate([5], state=state)
+    for prompt in ([5], []):
+        with pytest.raises(InputError, match=r"expected at most 0 more tokens.*found 1"):
+            model.generate(prompt, state=state)
+
+
+def test_of_two_texts_over_one_state_the_second_says_that_it_is_full(model: em.Model) -> None:
+    state = model.new_state()
+    first, second = (
+        model.generate(prompt, max_new_tokens=9, stop_tokens=[], state=state)
+        for prompt in (PROMPT, [5])
+    )
+    assert next(first).finish == "context"
+    with pytest.raises(InputError, match=r"expected at most 0 more tokens"):
+        next(second)
 
 
 def test_a_prompt_that_the_context_cannot_take_is_refused_before_it_is_run(

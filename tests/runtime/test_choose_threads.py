@@ -60,6 +60,21 @@ def test_but_not_where_all_of_it_is_small(manifest: Manifest) -> None:
     assert suited_threads(structs.replace(manifest, kinds={}, layers=()), CORES) == 1
 
 
+@pytest.mark.parametrize("active", [0, 1])
+def test_large_matrices_take_all_cores_whatever_is_declared(
+    manifest: Manifest, active: int
+) -> None:
+    large = _with_matrices(manifest, SMALL_MATRIX + 1, 1, beside=1)
+    parameters = structs.replace(manifest.parameters, active=active)
+    assert suited_threads(structs.replace(large, parameters=parameters), CORES) == CORES
+
+
+def test_a_model_that_declares_nothing_takes_all_cores(manifest: Manifest) -> None:
+    parameters = structs.replace(manifest.parameters, active=0)
+    dense = structs.replace(manifest, kinds={}, layers=(), parameters=parameters)
+    assert suited_threads(dense, CORES) == CORES
+
+
 def test_a_model_without_experts_takes_all_cores(manifest: Manifest) -> None:
     parameters = structs.replace(manifest.parameters, active=SMALL_MATRIX + 1)
     dense = structs.replace(manifest, kinds={}, layers=(), parameters=parameters)

@@ -10,14 +10,19 @@ from typing import Any
 import evermind_runtime as em
 import numpy as np
 import pytest
+from evermind_exporters.onnx_graph import GraphBuilder
+from evermind_manifests.errors import InputError
+from evermind_manifests.manifest import GraphStep, ValueSpec
 from evermind_manifests.package import open_package
 from evermind_runtime.rows import spare_rows
+from msgspec.structs import replace
 
 from tests.families import synapse, tilelli
 from tests.network.server import Server
 from tests.packages import export, golden_source, lm_source, random_source
+from tests.runtime import test_buffers as buffers
 from tests.runtime import test_windows as windows
-from tests.runtime.test_buffers import write as write_buffers
+from tests.runtime.hand_made import manifest_of, write_package
 
 from .browser import Browser
 from .site import from_page, run, to_page
@@ -53,7 +58,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "tilelli-lm": lambda folder: tilelli.package(
         tilelli.golden_model(folder / "m", tilelli.LM), folder / "p"
     ),
-    "buffers": lambda folder: write_buffers(folder / "p"),
+    "buffers": lambda folder: buffers.write(folder / "p"),
 }
 
 
@@ -117,7 +122,71 @@ def test_a_browser_computes_what_python_computes(
             ]
             assert [one["token"] for one in found["pieces"]] == [one.token for one in pieces]
             assert [one["text"] for one in found["pieces"]] == [one.text for one in pieces]
+            assert [one["finish"] for one in found["pieces"]] == [one.finish for one in pieces]
             check_routes(model, found["pieces"][:6])
+
+
+def write_scores(path: Path, vocabulary: int = 5) -> Path:
+    """A model whose logits are products with the sums over its context of `buffers.LIMIT`."""
+    table = np.random.default_rng(8).normal(size=(vocabulary, buffers.D)).astype(np.float32)
+    b = GraphBuilder("scores")
+    x = b.op("Gather", b.const(table, np.float32), b.input("tokens", "i64", ["T"]))
+    scores = b.op("MatMul", buffers.sums(b, x), b.const(table.T, np.float32))
+    b.output(scores, "logits", "f32", ["T", vocabulary])
+    step = GraphStep(
+        graph="graphs/scores.onnx",
+        inputs={"tokens": "tokens", "context": "h", "past": "so_far"},
+        outputs={"logits": "logits", "new": "h"},
+    )
+    plan = replace(
+        buffers.plan_of_sums(),
+        inputs={"tokens": ValueSpec(dtype="i64", shape=("T",), limit=vocabulary)},
+        outputs={"logits": ValueSpec(dtype="f32", shape=("T", vocabulary))},
+        prefill=(step,),
+        decode=(step,),
+    )
+    return write_package(path, manifest_of(plan), {"graphs/scores.onnx": b.build()})
+
+
+def test_a_text_ends_where_the_context_is_full(
+    tmp_path: Path, serve: Callable[..., Server], chromium: Browser
+) -> None:
+    package = write_scores(tmp_path / "p")
+    prompt = [at % 5 for at in range(buffers.LIMIT - 4)]
+    page = chromium.page(serve(package).url + "index.html", context=chromium.new_context())
+    found = run(
+        page,
+        """
+        const pack = await open();
+        const state = await pack.newState();
+        const options = { state, maxNewTokens: 9, temperature: 1, seed: 3 };
+        const pieces = [], refused = [];
+        for await (const piece of pack.generate(prompt, options)) pieces.push(piece);
+        for (const more of [[2], [], prompt])
+          refused.push(await pack.generate(more, options).next().then(
+            () => '', (error) => `${error.name}: ${error.message}`));
+        const ended = [];
+        const stops = { maxNewTokens: 4, stopTokens: [0, 1, 2, 3, 4] };
+        for await (const piece of pack.generate([2], stops))
+          ended.push(piece.finish);
+        await pack.close();
+        return { pieces, refused, ended };
+        """,
+        prompt=prompt,
+    )
+    page.close()
+    with em.load(package) as model:
+        state = model.new_state()
+        sampled: dict[str, Any] = {"state": state, "max_new_tokens": 9, "temperature": 1, "seed": 3}
+        pieces = list(model.generate(prompt, **sampled))
+        assert [one["token"] for one in found["pieces"]] == [one.token for one in pieces]
+        assert [one["finish"] for one in found["pieces"]] == [one.finish for one in pieces]
+        assert [one.finish for one in pieces] == [None] * 4 + ["context"]
+        for more, said in zip(([2], [], prompt), found["refused"], strict=True):
+            with pytest.raises(InputError, match="at most 0 more tokens") as refused:
+                model.generate(more, **sampled)
+            assert said.partition("\n")[0] == f"InputError: {refused.value.args[0]}"
+    assert found["ended"] == ["stop"]
 
 
 def test_a_window_is_kept_and_little_more(

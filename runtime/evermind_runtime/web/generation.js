@@ -23,7 +23,7 @@ export function generate(model, prompt, options, state, signal) {
     throw new InputError(`prompt: expected token ids from 0 to ${vocabulary - 1}, found ${bad}`);
   sampler.see(ids);
   const stops = new Set(options.stopTokens ?? generation.stopTokens);
-  if (limit) checkRoom(ids.length, state, begins);
+  if (limit) checkRoom(ids.length, state);
   return loop(model, ids, limit, sampler, stops, state, signal);
 }
 
@@ -61,9 +61,11 @@ function encode(model, prompt, special) {
   return model.codec.encode(prompt, special);
 }
 
-function checkRoom(tokens, state, begins) {
-  if (Math.max(1, tokens) <= state.room) return;
-  const more = begins ? "" : " more";
+function checkRoom(prompt, state) {
+  // An empty prompt starts from a token too.
+  const tokens = Math.max(1, prompt);
+  if (tokens <= state.room) return;
+  const more = state.fresh ? "" : " more";
   throw new InputError(
     `prompt: expected at most ${state.room}${more} tokens, which fill the model's context, ` +
       `found ${tokens}`,
@@ -72,6 +74,8 @@ function checkRoom(tokens, state, begins) {
 }
 
 async function* loop(model, prompt, limit, sampler, stops, state, signal) {
+  // Another may have filled the state since this one was called.
+  if (limit) checkRoom(prompt.length, state);
   const text = model.codec?.stream();
   // An empty prompt starts from token 0, which does not stay as context.
   let forget = prompt.length ? null : state.save();

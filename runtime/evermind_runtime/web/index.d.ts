@@ -158,7 +158,10 @@ export interface Stats {
   routed: { layer: number; tokens: number[] }[];
 }
 
-/** What a sequence carries from call to call. */
+/**
+ * What a sequence carries from call to call. `generate` refuses a prompt that it has no room for;
+ * how much it has, `State.room` of Python, is not told.
+ */
 export interface PackState {
   save(): Promise<Record<string, NamedArray>>;
   restore(arrays: Record<string, NamedArray>): Promise<void>;
