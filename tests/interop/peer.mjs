@@ -22,11 +22,13 @@ const MODELS = {
   limbic: LimbicModel,
 };
 
-// The peer wants an ArrayBuffer that begins at the data; a Buffer may be part of a pool.
-function bytes(text) {
-  const buffer = Buffer.from(text, "base64");
-  return buffer.buffer.slice(buffer.byteOffset, buffer.byteOffset + buffer.byteLength);
+// The peer wants an ArrayBuffer of the data alone; a Buffer may be part of a pool.
+function alone({ buffer, byteOffset, byteLength }) {
+  if (byteLength === buffer.byteLength) return buffer;
+  return buffer.slice(byteOffset, byteOffset + byteLength);
 }
+
+const bytes = (text) => alone(Buffer.from(text, "base64"));
 
 const base64 = (data) => Buffer.from(data).toString("base64");
 const floats = (arrays) => base64(new Uint8Array(Float32Array.from(arrays.flatMap((a) => [...a])).buffer));
@@ -104,8 +106,15 @@ const OPERATIONS = {
   // The same without text in between, for large models: load a file, and keep it for `decode`.
   hold({ config, file }) {
     held = new EvermindLM(config);
-    const data = readFileSync(file);
-    held.loadWeights(data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength));
+    held.loadWeights(alone(readFileSync(file)));
+    return {};
+  },
+
+  // What nobody holds any more leaves memory, so that what is left can be measured. The first
+  // collection ends one that has begun, which keeps what was held then.
+  collect() {
+    gc();
+    gc();
     return {};
   },
 

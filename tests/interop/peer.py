@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,18 +26,14 @@ def missing() -> str | None:
 
 
 class Peer:
-    """A running node process; use it in a `with`.
+    """A running node process; use it in a `with`. `process` is its id."""
 
-    What it says on its error stream goes to `errors`, if given; `process` is its id.
-    """
-
-    def __init__(self, errors: IO[bytes] | None = None) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            ["node", "peer.mjs"],
+            ["node", "--expose-gc", "peer.mjs"],
             cwd=FOLDER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
             text=True,
             encoding="utf-8",
         )
@@ -50,8 +47,9 @@ class Peer:
             key: base64.b64encode(value).decode() if isinstance(value, bytes) else value
             for key, value in request.items()
         }
-        self._process.stdin.write(json.dumps({"op": op, **encoded}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # the answer tells that it has ended
+            self._process.stdin.write(json.dumps({"op": op, **encoded}) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, f"{op}: the peer ended with exit code {self._process.wait()}"
         answer: dict[str, Any] = json.loads(line)
