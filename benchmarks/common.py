@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -170,13 +171,11 @@ def reserved_bytes() -> int:
 
 
 def drop_cached(paths: Sequence[Path]) -> bool:
-    """Have the page cache forget these files; whether it did, but for a tenth at most."""
-    from evermind_runtime.machine import page_cache
+    """Have the page cache forget these files; whether it did, but for a hundredth at most."""
+    from evermind_runtime.machine import Extent, drop_pages
 
-    for path in paths:
-        with path.open("rb") as file:
-            page_cache.drop(file.fileno(), 0, path.stat().st_size)
-    return cached_bytes(paths) <= sum(path.stat().st_size for path in paths) // 10
+    whole = [Extent(partial(os.open, path), 0, path.stat().st_size) for path in paths]
+    return drop_pages(whole) and cached_bytes(paths) <= sum(one.bytes for one in whole) // 100
 
 
 def cached_bytes(paths: Iterable[Path]) -> int:
@@ -220,11 +219,13 @@ def machine() -> list[tuple[str, str]]:
         platform.machine(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    # What follows its version names who built a kernel, or who hosts it.
+    kernel = platform.release().partition("-")[0]
     load = os.getloadavg()[0]
     packages = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "numpy", "onnx"))
     return [
         ("processor", f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory"),
-        ("system", f"Linux {platform.release()}, Python {platform.python_version()}, {packages}"),
+        ("system", f"Linux {kernel}, Python {platform.python_version()}, {packages}"),
         ("load before the run", f"{load:.2f}"),
     ]
 

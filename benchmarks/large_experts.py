@@ -12,18 +12,26 @@ from typing import Any, TypeAlias
 import evermind_runtime as em
 import numpy as np
 from evermind_manifests.package import open_package
+from evermind_runtime.decode import BoundDecode
 from evermind_runtime.guessing import GuessMode
-from evermind_runtime.machine import (
-    Machine,
-    drop_pages,
-    file_extents,
-    measure_machine,
-    shard_extents,
-)
+from evermind_runtime.machine import Machine, measure_machine, shard_extents
 from evermind_runtime.shard_reader import IoMode
 from evermind_runtime.trace import read_trace
 
-from .common import MIB, ROOT, Cell, Report, Table, Target, cached_bytes, fresh, median, run
+from .common import (
+    MIB,
+    ROOT,
+    Cell,
+    Report,
+    Table,
+    Target,
+    cached_bytes,
+    drop_cached,
+    files_below,
+    fresh,
+    median,
+    run,
+)
 from .mapped_pager import map_experts, shard_files
 from .memory_limit import HOW, UNHELD, held
 
@@ -163,16 +171,16 @@ def decode(path: str, side: str, routing: str, tokens: int, io: IoMode) -> dict[
     """Decode one token after the other from a cold disk; the routing is the tokens' own."""
     warnings.simplefilter("ignore", em.PagingWarning)
     guess: GuessMode = "on" if side == "guessing" else "off"
-    with open_package(path) as opened, em.load(path, budget=BUDGET, io=io, guess=guess) as model:
+    with em.load(path, budget=BUDGET, io=io, guess=guess) as model:
         manifest = model.manifest
         if side == "mapped":
             map_experts(model, path)
         layers = len(manifest.layers)
         state = model.new_state()
-        for step in manifest.plan.decode:
-            model._engine.sessions.get(step.graph)  # type: ignore[union-attr]
+        # Sessions are made when a state is first bound.
+        BoundDecode(model._engine, state)
         chosen = []
-        assert drop_pages(file_extents(opened)), "the disk cannot be made cold here"
+        assert drop_cached(files_below(Path(path))), "the disk cannot be made cold here"
         times = [time.perf_counter()]
         for token in _span(routing, tokens):
             values = model.decode({"tokens": np.array([token])}, state)

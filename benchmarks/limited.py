@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
@@ -30,8 +31,20 @@ OURS, TRUSTING, HALF = (
     "the same, not verifying",
     "evermind-pack f16, the same budget",
 )
-#: What an error says where there was no memory: Python's and numpy's, C++'s, the system's.
-NO_MEMORY = ("MemoryError", "bad_alloc", "Cannot allocate memory")
+#: What is said where there was no memory: by Python and numpy, C++, the system, node. Last, of a
+#: process that ended without a word: all that are asked have run where memory was not limited.
+NO_MEMORY = (
+    "MemoryError",
+    "bad_alloc",
+    "Cannot allocate memory",
+    "ENOMEM",
+    "can't start new thread",
+    "Resource temporarily unavailable",
+    "allocation failed",
+    "ended with exit code",
+)
+#: The rows of tokens: for the pass from a cold disk, one that nobody times, the pass after that.
+COLD, BETWEEN, WARM = range(3)
 
 
 @dataclass(frozen=True)
@@ -132,25 +145,34 @@ class Comparison:
     def __init__(self, ways: Iterable[Way], folder: Path, vocabulary: int, tokens: int) -> None:
         self._logits = folder / "logits.npy"
         rng = np.random.default_rng(0)
-        # One row for the pass from a cold disk, another one for the warm pass after it.
-        self._tokens = rng.integers(0, vocabulary, (2, tokens)).tolist()
+        # After the second nearly every expert was met: what a side does once for each, is done.
+        lengths = {COLD: tokens, BETWEEN: 3 * tokens, WARM: tokens}
+        self._tokens = {
+            row: rng.integers(0, vocabulary, length).tolist() for row, length in lengths.items()
+        }
         self._expected: list[np.ndarray] = []
         self._ways = list(ways)
         self.found: dict[str, Found | str] = {}
 
     def without_limit(self, rounds: int) -> None:
-        """Each way with all the memory it wants: its logits are the first one's, then timed."""
+        """All ways side by side, with all the memory they want; logits are the first one's."""
+        ways = [way for way in self._ways if not way.lacks]
+        passes: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
+        with ExitStack() as stack:
+            workers = [stack.enter_context(_opened(way)) for way in ways]
+            for way, worker in zip(ways, workers, strict=True):
+                self._pass(way, worker, COLD)
+                self._pass(way, worker, BETWEEN)
+            for _ in range(rounds):
+                for way, worker in zip(ways, workers, strict=True):
+                    passes[way.name].append(self._pass(way, worker, WARM))
         for way in self._ways:
             if way.lacks:
                 self.found[way.name] = f"not measured: {way.lacks}"
                 continue
-            with _opened(way) as worker:
-                self._pass(way, worker, 0)
-                worker("warm_up")
-                passes = [self._pass(way, worker, 1) for _ in range(rounds)]
-            tokens = len(self._given(way, 0))
-            rate = tokens / median([one["seconds"] for one in passes])
-            self.found[way.name] = Found(tokens, rate, passes[-1]["own"])
+            tokens = len(self._given(way, WARM))
+            rate = tokens / median([one["seconds"] for one in passes[way.name]])
+            self.found[way.name] = Found(tokens, rate, passes[way.name][-1]["own"])
 
     def refuse(self, limit: int) -> None:
         """Have ways whose weights are memory of their own tried where that is limited."""
@@ -166,18 +188,18 @@ class Comparison:
             if isinstance(found, str) or found.refused:
                 continue
             with _opened(way, begun=holding.join, **way.limited) as worker:
-                cold = self._pass(way, worker, 0, cold=True)
-                worker("warm_up")
-                warm = self._pass(way, worker, 1)
+                cold = self._pass(way, worker, COLD, cold=True)
+                self._pass(way, worker, BETWEEN)
+                warm = self._pass(way, worker, WARM)
             found.cold.append(found.tokens / cold["seconds"])
             found.warm.append(found.tokens / warm["seconds"])
             found.cached.append(warm["cached"])
 
     def _refused(self, way: Way, limit: int) -> bool:
-        """Whether it failed for want of memory, and of nothing else."""
+        """Whether it ends for want of memory. Raises `RuntimeError` where it fails otherwise."""
         try:
             with _opened(way, own_limit=limit) as worker:
-                self._pass(way, worker, 0)
+                self._pass(way, worker, COLD)
         except RuntimeError as error:
             said = str(error).strip().splitlines()[-1]
             if not any(one in said for one in NO_MEMORY):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import resource
-import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ import evermind_runtime as em
 import numpy as np
 from evermind_exporters.checkpoints import canonical_shapes
 from evermind_exporters.checkpoints.peer_file import PeerFile
+from evermind_runtime.decode import BoundDecode
 
 from tests.interop.peer import Peer, floats
 
@@ -29,11 +30,8 @@ from .sides import CompiledModel, DenseGraph, NumpyModel
 
 Array: TypeAlias = np.ndarray
 
-# Tokens enough that each of some dozens of experts a layer has one.
-_PROMPT = 256
 
-
-class Side:
+class Side(ABC):
     """What a benchmark asks of any side."""
 
     files: Sequence[Path]
@@ -44,12 +42,9 @@ class Side:
             size = own_limit + reserved_bytes() - own_bytes()
             resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
+    @abstractmethod
     def decode(self, tokens: list[int]) -> Array:
         """Logits after each token, one after the other."""
-        raise NotImplementedError
-
-    def warm_up(self) -> None:
-        """What a pass from a cold disk leaves to be done only once."""
 
     def own(self) -> int:
         """Bytes of memory that are no file's."""
@@ -84,9 +79,10 @@ class Ours(Side):
         super().__init__(own_limit)
         warnings.simplefilter("ignore", em.PagingWarning)
         self._model = em.load(package, threads=threads, **options)
-        self._mapped = mapped
         if mapped:
             map_experts(self._model, package)
+        # Sessions are made when a state is first bound: as others' are, before anything is timed.
+        BoundDecode(self._model._engine, self._model.new_state())
         self.files = files_below(Path(package))
 
     def decode(self, tokens: list[int]) -> Array:
@@ -97,13 +93,6 @@ class Ours(Side):
             # The next token's are written to the same place.
             rows.append(values["logits"].copy())
         return np.concatenate(rows)
-
-    def warm_up(self) -> None:
-        """Have every expert read, and so hashed, which a mapped one never is."""
-        if not self._mapped:
-            vocabulary = self._model.manifest.config["vocabSize"]
-            prompt = np.random.default_rng(1).integers(0, vocabulary, _PROMPT)
-            self._model.forward({"tokens": prompt}, outputs=["logits"])
 
 
 class Numpy(Side):
@@ -165,16 +154,8 @@ class Npm(Side):
     ) -> None:
         super().__init__(own_limit)
         self.files = [Path(file)]
-        with tempfile.TemporaryFile() as errors:
-            self._peer = Peer(errors)
-            try:
-                self._peer("hold", config=config, file=file)
-            except AssertionError as error:
-                errors.seek(0)
-                said = f"{error}\n{errors.read().decode(errors='replace')}".lower()
-                if "out of memory" in said or "allocation failed" in said:
-                    raise MemoryError(str(error)) from error
-                raise
+        self._peer = Peer()
+        self._peer("hold", config=config, file=file)
         self._vocab = config["vocabSize"]
 
     def decode(self, tokens: list[int]) -> Array:
@@ -182,6 +163,7 @@ class Npm(Side):
         return logits.reshape(len(tokens), self._vocab)
 
     def own(self) -> int:
+        self._peer("collect")
         return own_bytes(self._peer.process)
 
 

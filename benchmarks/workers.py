@@ -50,8 +50,9 @@ class Worker:
     def __call__(self, method: str, **arguments: Any) -> Any:
         """What the method returned. Raises `RuntimeError` with what the other process raised."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([method, arguments]) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # the answer tells that it has ended
+            self._process.stdin.write(json.dumps([method, arguments]) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:

@@ -20,6 +20,7 @@ from benchmarks.common import MIB, as_markdown, as_text, fresh, report_of
 from benchmarks.limited import Comparison, Found, Way
 from benchmarks.memory_limit import held
 from benchmarks.models import language_model
+from tests.interop.peer import missing
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,6 +84,21 @@ def test_a_side_without_memory_is_told_from_one_that_fails(tmp_path: Path) -> No
     file.unlink()
     with pytest.raises(RuntimeError, match="LocationError"):
         comparison.refuse(64 * MIB)
+
+
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+def test_a_peer_that_dies_of_want_does_not_run(tmp_path: Path) -> None:
+    source = language_model(width=64, layers=1, experts=4, top_k=2, hidden=64)
+    file = tmp_path / "model.evl0"
+    file.write_bytes(write_evl0(Checkpoint("evermind-lm", source.config, dict(source.tensors))))
+    arguments = {"file": str(file), "config": dict(source.config)}
+    way = Way("npm peer", "Npm", arguments, own=True)
+    comparison = Comparison([way], tmp_path, source.config["vocabSize"], tokens=1)
+    comparison.without_limit(1)
+    comparison.refuse(4 * MIB)
+    found = comparison.found["npm peer"]
+    assert isinstance(found, Found)
+    assert found.refused
 
 
 @given(
