@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.packages import export, random_source
-from tests.runtime.paging import same_bits, settle
+from tests.runtime.paging import poll, same_bits, settle
 
 pytestmark = pytest.mark.filterwarnings("ignore::evermind_runtime.PagingWarning")
 
@@ -99,16 +98,15 @@ def test_a_guess_yields_to_a_step(package: Path) -> None:
             if "l001" in path:
                 pieces.append(len(buffer))
                 begun.set()
-                go_on.wait(timeout=30)
+                poll(go_on.is_set)
             else:
                 go_on.set()
-                while (1, 3) in pager.slots.loading:
-                    time.sleep(0.001)
+                poll(lambda: (1, 3) not in pager.slots.loading)
             honest(path, offset, buffer)
 
         store.read_into = read  # type: ignore[method-assign]
         pager.guess(1, [3])
-        assert begun.wait(timeout=30)
+        poll(begun.is_set)
         with pager.acquire(0, [0]):
             pass
         settle(model)

@@ -393,13 +393,12 @@ def test_threads_under_a_tiny_budget_with_a_failing_store(
                     outcomes.append("failed")
 
         threads = [
-            threading.Thread(target=work, args=(steps,)) for steps in ("prefill", "decode") * 3
+            threading.Thread(target=work, args=(steps,), daemon=True)
+            for steps in ("prefill", "decode") * 3
         ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(timeout=120)
-        assert not any(thread.is_alive() for thread in threads)
+        poll(lambda: not any(thread.is_alive() for thread in threads))
         assert len(outcomes) == 24
         assert set(outcomes) <= {"right", "failed"}
         check_idle(model)
@@ -579,7 +578,7 @@ def test_closing_waits_for_reads_and_ends_the_threads(package: Path) -> None:
 
     def slow(read: Read, path: str, offset: int, buffer: memoryview) -> None:
         begun.set()
-        go_on.wait(timeout=30)
+        poll(go_on.is_set)
         read(path, offset, buffer)
 
     model = load(package, budget="50%")
@@ -591,15 +590,13 @@ def test_closing_waits_for_reads_and_ends_the_threads(package: Path) -> None:
         except ClosedError as error:
             found.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    begun.wait(timeout=30)
-    closing = threading.Thread(target=model.close)
+    poll(begun.is_set)
+    closing = threading.Thread(target=model.close, daemon=True)
     closing.start()
     go_on.set()
-    for one in (thread, closing):
-        one.join(timeout=30)
-        assert not one.is_alive()
+    poll(lambda: not thread.is_alive() and not closing.is_alive())
     assert found
     mine = model._pager._readers
     assert mine is not None
@@ -655,9 +652,7 @@ def test_a_model_that_is_forgotten_ends_its_threads(package: Path) -> None:
     threads = readers._threads
     assert threads
     del model, readers
-    for thread in threads:
-        thread.join(timeout=30)
-        assert not thread.is_alive()
+    poll(lambda: not any(thread.is_alive() for thread in threads))
 
 
 # Direct reads.
