@@ -103,6 +103,8 @@ def main() -> None:
     holding, most = False, 0
     while True:
         now = memory()
+        # What others gave back since must not be theirs who are measured.
+        before = min(before, now.anonymous - balloon.bytes)
         processes = now.anonymous - balloon.bytes - before
         used = processes + now.files
         beyond = excess(now.free, used, limit, kept)
